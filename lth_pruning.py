@@ -16,6 +16,7 @@ import ast
 import copy
 import csv
 import difflib
+import functools
 import gzip
 import hashlib
 import io
@@ -31,7 +32,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import IO
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -82,10 +83,8 @@ Weights = dict[str, Tensor]           # "fc1.weight" -> tensor; a stack's tensor
 Masks = dict[str, Tensor]             # prunable weights only; 1 where a weight remains, 0 where it was pruned
 
 
-def fail(sentence: str) -> NoReturn:
-    """End the program with one sentence for the user and exit code 2."""
-    print(f"lth_pruning: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+class UserError(ValueError):
+    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
 
 
 def beside_script(path: str) -> Path:
@@ -93,10 +92,11 @@ def beside_script(path: str) -> Path:
     return Path(__file__).resolve().parent / Path(path).expanduser()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: nobody ever sees half a file."""
+def write_whole(path: Path, write: Callable[[IO], None]) -> None:
+    """Let `write` fill a file of a temporary name, then rename it: nobody ever sees half a file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
+    with open(unfinished, "wb") as file:
+        write(file)
     os.replace(unfinished, path)
 
 
@@ -134,14 +134,15 @@ def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
             if check_integrity(archive, md5):
                 content = gzip.decompress(archive.read_bytes())
                 if not unpacked.exists() or unpacked.read_bytes() != content:
-                    write_whole(unpacked, content)
+                    write_whole(unpacked, lambda file, content=content: file.write(content))
             elif unpacked.exists() and unpacked.stat().st_size != UNPACKED_BYTES[unpacked.name]:
                 unpacked.unlink()
         parts = [source(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         names = ", ".join(name for name, _ in source.resources)
         reason = str(error).strip().splitlines()[-1]
-        fail(f"{DATASET} could be neither read nor downloaded ({reason}): put its archives {names} into {raw}.")
+        raise UserError(f"{DATASET} could be neither read nor downloaded ({reason}): "
+                        f"put its archives {names} into {raw}.") from None
     (images, labels), (test_images, test_labels) = ((part.data, part.targets) for part in parts)
     order = torch.randperm(len(images), generator=generator("split"))
     rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
@@ -205,6 +206,17 @@ def pick(tensors: Weights, n: int) -> Weights:
     return {name: tensor[n] for name, tensor in tensors.items()}
 
 
+def as_rows(tensors: list[Tensor]) -> Tensor:
+    """A stack's tensors side by side: all that belongs to a network in one row, (nets, numbers)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+
+
+def as_views(rows: Tensor, shapes: Weights) -> Weights:
+    """The rows' parts under the names and in the shapes of a stack's tensors; they share the rows' memory."""
+    parts = rows.split([tensor[0].numel() for tensor in shapes.values()], 1)
+    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, shapes.items(), strict=True)}
+
+
 def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
     """A copy of a plain network, on the CPU, that holds a single network's weights."""
     network = copy.deepcopy(network)
@@ -224,17 +236,17 @@ def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: torch.
     for name, layer in network.named_children():
         if isinstance(layer, nn.Linear):
             x = torch.baddbmm(weights[f"{name}.bias"], x, weights[f"{name}.weight"])
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, nn.Conv2d):          # net after net, until they are flattened: the fastest on a CPU
             kernels = zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
-            x = torch.stack([F.conv2d(*images_and_kernel, padding=layer.padding) for images_and_kernel in kernels])
+            x = [F.conv2d(images, weight, bias, padding=layer.padding) for images, weight, bias in kernels]
         elif isinstance(layer, nn.Flatten):
-            x = x.flatten(2)
+            x = torch.stack([images.flatten(1) for images in x]) if isinstance(x, list) else x.flatten(2)
         elif isinstance(layer, nn.Dropout):
             if dropout is not None and layer.p > 0:
                 keep = torch.empty(x.shape[1:], device=x.device).bernoulli_(1 - layer.p, generator=dropout)
-                x = x * keep.div_(1 - layer.p)                                      # (batch, units), for all networks
-        else:                                                                       # ReLU and pooling hold no weights
-            x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+                x = x * keep.div_(1 - layer.p)      # (batch, units), for all networks
+        else:                                       # ReLU and pooling hold no weights
+            x = [layer(images) for images in x] if isinstance(x, list) else layer(x)
     return x
 
 
@@ -282,16 +294,14 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
     """
     pruned = {}
     for group in [[name] for name in masks] if scope == "layer" else [list(masks)]:
-        flat_weights, flat_masks = (torch.cat([stacked[name].flatten(1) for name in group], 1)
-                                    for stacked in (weights, masks))                # (nets, weights of the group)
-        survivors = int(flat_masks[0].sum())                                        # the same in every network
-        left = remove_smallest(flat_weights, flat_masks, round(rates[group[0]] * survivors))
-        parts = left.split([masks[name][0].numel() for name in group], dim=1)
-        pruned |= {name: part.reshape(masks[name].shape) for name, part in zip(group, parts, strict=True)}
+        rows = as_rows([masks[name] for name in group])                             # (nets, weights of the group)
+        survivors = int(rows[0].sum())                                              # the same in every network
+        left = remove_smallest(as_rows([weights[name] for name in group]), rows, round(rates[group[0]] * survivors))
+        pruned |= as_views(left, {name: masks[name] for name in group})
     return pruned
 
 
-# The arms. Each gets one network's theta0 and ticket masks, and returns the weights and masks that training starts from.
+# The arms. Each gets one network's theta0 and ticket masks, and returns the weights and masks to train from.
 
 def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
     """The winning ticket: the survivors' original initial weights."""
@@ -336,7 +346,8 @@ def load_tickets(path: str | Path) -> dict:
         tickets = torch.load(beside_script(str(path)), weights_only=True)
         return {name: tickets[name] for name in ("constants", "theta0", "pruned_at")}
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        fail(f"no tickets could be read from {path} ({type(error).__name__}): name the tickets.pt of a finished run.")
+        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
+                        "name the tickets.pt of a finished run.") from None
 
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
@@ -371,7 +382,7 @@ def batches(images: int, level: int, device: torch.device) -> Iterator[Tensor]:
     orders = [generator("order", trial, level) for trial in range(TRIALS)]
     while True:
         epoch = torch.stack([torch.randperm(images, generator=order) for order in orders]).to(device)
-        yield from epoch.split(BATCH_SIZE, dim=1)[:steps_per_epoch()]
+        yield from epoch[:, :images - images % BATCH_SIZE].split(BATCH_SIZE, dim=1)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -379,13 +390,13 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
 
-def clip_gradients(weights: Weights, max_norm: float) -> None:
-    """`clip_grad_norm_` for each network of the stack alone: one network's large gradient never scales another's."""
-    gradients = [tensor.grad for tensor in weights.values()]
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)    # (nets,)
-    scale = (max_norm / (norms + 1e-6)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+def clip_per_network(gradients: Tensor, max_norm: float) -> None:
+    """`clip_grad_norm_` for each row of gradients (nets, parameters) alone, in place.
+
+    A norm over the whole stack would let one network's large gradient scale down all the others'.
+    """
+    norms = gradients.norm(dim=1, keepdim=True)
+    gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1))
 
 
 @torch.no_grad()
@@ -412,8 +423,15 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
     nets = len(weights["output.bias"])
-    weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}   # theta0 stays as it is
-    optimizer = torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
+    weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
+    # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
+    # last bits would depend on how many others are in the stack.
+    gradient_rows, networks = torch.zeros_like(parameters), parameters.unbind()
+    for network_parameters, gradient in zip(networks, gradient_rows, strict=True):
+        network_parameters.grad = gradient
+    gradients = as_views(gradient_rows, weights)
+    optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     dropout = generator("dropout", level=level, device=images.device)
     order = batches(len(images), level, images.device)
     train_loss, since, evaluations = torch.zeros(nets, device=images.device), 0, []
@@ -421,13 +439,12 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     for step in range(1, steps + 1):
         batch = next(order).repeat(nets // TRIALS, 1)                                       # (nets, batch)
         loss = losses(forward(network, weights, images[batch], dropout), labels[batch])     # (nets,)
-        loss.sum().backward()                     # the sum: every network gets just its own gradient, unscaled
-        for name, mask in masks.items():
-            weights[name].grad.mul_(mask)
+        # The gradient of the sum: every network gets just its own, unscaled.
+        for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
+            torch.mul(gradient, masks.get(name, 1), out=gradients[name])
         if CLIP_NORM is not None:
-            clip_gradients(weights, CLIP_NORM)
+            clip_per_network(gradient_rows, CLIP_NORM)
         optimizer.step()
-        optimizer.zero_grad()
         train_loss += loss.detach()
         since += 1
         if step % EVAL_EVERY == 0 or step == steps:
@@ -435,7 +452,8 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
             _, test_accuracy = evaluate(network, weights, *data["test"])
             evaluations.append((step, *(x.cpu() for x in (train_loss / since, val_loss, val_accuracy, test_accuracy))))
             if not (train_loss + val_loss).isfinite().all():
-                fail(f"training diverged at level {level}, step {step}: try a LEARNING_RATE below {LEARNING_RATE}.")
+                raise UserError(f"training diverged at level {level}, step {step}: "
+                                f"try a LEARNING_RATE below {LEARNING_RATE}.")
             train_loss, since = torch.zeros_like(train_loss), 0
         bar.update(nets)
     return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
@@ -464,8 +482,8 @@ def checkpoint_path() -> Path:
 def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[tuple]) -> list[dict]:
     """A row per evaluation of each network of a level, by arm, trial and step."""
     remaining = weights_remaining(masks)
-    return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, round(remaining[net].item(), 4), step,
-                               *(round(measure[net].item(), 6) for measure in measures)), strict=True))
+    return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, float(f"{remaining[net]:.6g}"), step,
+                               *(float(f"{measure[net]:.6g}") for measure in measures)), strict=True))
             for net, (arm, trial) in enumerate(itertools.product(arms, range(TRIALS)))
             for step, *measures in evaluations]
 
@@ -494,7 +512,7 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
         try:
             state = torch.load(checkpoint, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            fail(f"{checkpoint} cannot be read: move it away to start this run afresh.")
+            raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
         print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
     else:
         theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
@@ -511,7 +529,8 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
             if level == 0:
                 arms, weights, masks = ("dense",), state["theta0"], full_masks(state["theta0"])
             else:
-                tickets = prune(state["trained"], masks_at(state["pruned_at"], level), prune_rates(network), PRUNE_SCOPE)
+                masks = masks_at(state["pruned_at"], level)
+                tickets = prune(state["trained"], masks, prune_rates(network), PRUNE_SCOPE)
                 for name, mask in tickets.items():
                     state["pruned_at"][name][(mask == 0) & (state["pruned_at"][name] == 0)] = level
                 arms, (weights, masks) = ARMS, start_arms(state, tickets, level)
@@ -526,9 +545,7 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
                 state["dense"] = state["trained"]
             state["rows"] += records(level, arms, masks, evaluations)
             state["level"] = level
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_whole(checkpoint, buffer.getvalue())
+            write_whole(checkpoint, lambda file: torch.save(state, file))
 
             done = sum(work[:level + 1])
             left = (time.monotonic() - begun) * (sum(work) - done) / (done - before)
@@ -545,9 +562,18 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
 
 FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
            "early_stopping_plot.png", "learning_curves.png", "mask_plot.png")
-COLOURS = dict(zip(("rewind", "reinit", "shuffle", "oneshot", "transfer"), sns.color_palette("colorblind"), strict=False))
-MARKERS = {"rewind": "o", "reinit": "s", "shuffle": "^", "oneshot": "D", "transfer": "v"}
-DENSE_COLOUR = "0.35"
+COLOURS = {"dense": "0.35"} | dict(zip(ARM_STARTS, sns.color_palette("colorblind"), strict=False))
+MARKERS = dict(zip(ARM_STARTS, "os^Dv", strict=True))
+
+
+def arms_of(rows: list[dict]) -> list[str]:
+    """The arms of a run, in their order."""
+    return list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "dense"))
+
+
+def rivals_of(rows: list[dict]) -> list[str]:
+    """The arms that rewind is compared with."""
+    return [arm for arm in arms_of(rows) if arm != "rewind"]
 
 
 def measured(rows: list[dict], arm: str, column: str) -> np.ndarray:
@@ -557,258 +583,219 @@ def measured(rows: list[dict], arm: str, column: str) -> np.ndarray:
     return np.array([row[column] for row in rows]).reshape(-1, trials, evaluations)
 
 
-def final(rows: list[dict], arm: str, column: str) -> np.ndarray:
+def final(rows: list[dict], arm: str, column: str = "test_accuracy") -> np.ndarray:
     """A column after the last step, (levels, trials)."""
     return measured(rows, arm, column)[:, :, -1]
 
 
-def early_stop(rows: list[dict], arm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Step of the lowest validation loss, and whether it came before the last evaluation: both (levels, trials)."""
-    at = measured(rows, arm, "val_loss").argmin(2)
-    steps = measured(rows, arm, "step")
-    return np.take_along_axis(steps, at[..., None], 2)[..., 0], at < steps.shape[2] - 1
+def remaining(rows: list[dict]) -> np.ndarray:
+    """Percent of weights remaining of the rewind arm's networks, (levels,)."""
+    return final(rows, "rewind", "weights_remaining").mean(1)
 
 
-def catch_up(rows: list[dict], arm: str) -> tuple[np.ndarray, np.ndarray]:
-    """First step with the final validation accuracy of the same trial's dense network, and whether it came at all."""
-    accuracy, steps = measured(rows, arm, "val_accuracy"), measured(rows, arm, "step")
-    there = accuracy >= accuracy[0, :, -1][None, :, None]
-    first = np.take_along_axis(steps, there.argmax(2)[..., None], 2)[..., 0]
-    return np.where(there.any(2), first, steps[..., -1]), there.any(2)
+def early_stop(rows: list[dict], arm: str) -> np.ndarray:
+    """Step of the lowest validation loss, (levels, trials); infinite where it is the last step: none was reached."""
+    steps = np.append(measured(rows, arm, "step")[0, 0, :-1], np.inf)
+    return steps[measured(rows, arm, "val_loss").argmin(2)]
 
 
-def arms_of(rows: list[dict]) -> list[str]:
-    """The arms of a run, in their order."""
-    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "dense"]
+def catch_up(rows: list[dict], arm: str) -> np.ndarray:
+    """First step with the validation accuracy that the trial's dense network ends at, (levels, trials), or infinite."""
+    accuracy = measured(rows, arm, "val_accuracy")
+    there = accuracy >= accuracy[:1, :, -1:]
+    return np.where(there.any(2), measured(rows, arm, "step")[0, 0][there.argmax(2)], np.inf)
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences and half the width of its 95 % confidence interval, by Student's t (n - 1 degrees)."""
-    n = len(differences)
+def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over trials of paired differences (levels, trials), and half its 95 % interval by Student's t: (levels,).
+
+    One trial has no interval: nan.
+    """
+    n = differences.shape[1]
     if n == 1:
-        return differences.mean(), math.nan
+        return differences[:, 0], np.full(len(differences), np.nan)
     angle = np.linspace(-np.pi / 2, np.pi / 2, 400_001)     # t = sqrt(n - 1) tan(angle) has density cos(angle)^(n - 2)
-    distribution = np.cumsum(np.cos(angle) ** (n - 2))
-    quantile = np.sqrt(n - 1) * np.tan(np.interp(0.975, distribution / distribution[-1], angle))
-    return differences.mean(), quantile * differences.std(ddof=1) / np.sqrt(n)
+    below = np.cumsum(np.cos(angle) ** (n - 2))
+    quantile = np.sqrt(n - 1) * np.tan(np.interp(0.975, below / below[-1], angle))
+    return differences.mean(1), quantile * differences.std(1, ddof=1) / np.sqrt(n)
+
+
+def sparsest_matching(rows: list[dict], arm: str) -> int:
+    """The sparsest level at which the arm's mean test accuracy is not below the dense networks'; 0 if none is."""
+    return int(np.flatnonzero(final(rows, arm).mean(1) >= final(rows, "dense").mean())[-1])
 
 
 def verdict(rows: list[dict]) -> list[str]:
     """The answer in plain words: sentences."""
-    dense = final(rows, "dense", "test_accuracy")[0]
-    trials = f"{len(dense)} trial{'s' if len(dense) > 1 else ''}"
-    sentences = [f"The dense networks end at {dense.mean():.2f} % test accuracy (mean of {trials}, "
-                 f"{dense.min():.2f} to {dense.max():.2f})."]
-    if not arms_of(rows):
-        return sentences
-    remaining = final(rows, "rewind", "weights_remaining").mean(1)
-    means = {arm: final(rows, arm, "test_accuracy").mean(1) for arm in arms_of(rows)}
-    matching = [level for level in range(1, len(remaining)) if means["rewind"][level] >= means["rewind"][0]]
-    if matching:
-        level = matching[-1]
-        sentences.append(f"The smallest matching ticket keeps {remaining[level]:.1f} % of the weights: rewound, it "
-                         f"ends at {means['rewind'][level]:.2f} %, not below the dense networks.")
-    else:
-        sentences.append("No rewound ticket ends at the dense networks' accuracy.")
-    for arm in arms_of(rows)[0:]:
-        if arm == "rewind":
-            continue
-        above = np.flatnonzero(means[arm] >= means[arm][0])[-1]
-        if above + 1 < len(remaining):
-            sentences.append(f"The {arm} arm is below the dense networks from {remaining[above + 1]:.1f} % of the "
-                             "weights on.")
-        else:
-            sentences.append(f"The {arm} arm is not below the dense networks at the sparsest level.")
-        differences = final(rows, "rewind", "test_accuracy") - final(rows, arm, "test_accuracy")
-        mean, half = interval(differences[-1])
-        if math.isnan(half):
-            sentences.append(f"At {remaining[-1]:.1f} % of the weights rewind - {arm} is {mean:+.2f} points; one "
-                             "trial gives no interval.")
-            continue
-        bounds = [interval(difference) for difference in differences[1:]]
-        ahead, behind = (sum(sign * centre > width for centre, width in bounds) for sign in (1, -1))
-        sentences.append(f"At {remaining[-1]:.1f} % of the weights rewind - {arm} is {mean:+.2f} points (95 % interval "
-                         f"{mean - half:+.2f} to {mean + half:+.2f}, paired, {trials}); of {len(bounds)} levels, "
-                         f"rewind is ahead with its whole interval at {ahead} and behind at {behind}.")
+    dense, left = final(rows, "dense"), remaining(rows)
+    trials = f"{dense.size} trial" + "s" * (dense.size > 1)
+    sentences = [f"The dense networks end at {dense.mean():.2f} % test accuracy (mean of {trials}, {dense.min():.2f} "
+                 f"to {dense.max():.2f})."]
+    if arms_of(rows):
+        level = sparsest_matching(rows, "rewind")
+        sentences.append(f"The smallest matching ticket keeps {left[level]:.1f} % of the weights: rewound, it ends at "
+                         f"{final(rows, 'rewind')[level].mean():.2f} %, not below the dense networks." if level else
+                         "No rewound ticket is matching: at every level they end below the dense networks.")
+    for arm in rivals_of(rows):
+        level = sparsest_matching(rows, arm) + 1
+        sentences.append(f"The {arm} networks end below the dense ones from {left[level]:.1f} % of the weights on."
+                         if level < len(left) else f"The {arm} networks end below the dense ones at no level to stay.")
+        lost, lost_half = paired_interval(dense - final(rows, arm))
+        ahead, half = paired_interval(final(rows, "rewind") - final(rows, arm))
+        bounds = f"95 % interval {ahead[-1] - half[-1]:+.2f} to {ahead[-1] + half[-1]:+.2f}, paired, {trials}"
+        sentences.append(f"At {left[-1]:.1f} % of the weights, rewind - {arm} is {ahead[-1]:+.2f} points "
+                         f"({bounds if dense.size > 1 else 'one trial gives no interval'}).")
+        if dense.size > 1:
+            sentences.append(f"Of {len(left) - 1} levels, the interval of rewind - {arm} lies above zero at "
+                             f"{sum(ahead > half)} and below at {sum(-ahead > half)}; that of dense - {arm} lies above "
+                             f"zero at {sum(lost > lost_half)}.")
     return sentences
 
 
-def summary(rows: list[dict], settings: dict) -> str:
+def summary(rows: list[dict], settings: dict, device: str) -> str:
     """summary.md: the verdict, a table with a row per level, the constants and the versions."""
-    arms = arms_of(rows)
-    last = max(row["step"] for row in rows)
+    arms, rivals, last = arms_of(rows) or ["dense"], rivals_of(rows), max(row["step"] for row in rows)
 
     def spread(values: np.ndarray, digits: int) -> str:
         return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
-    def stop(level: int, arm: str) -> str:
-        steps, reached = early_stop(rows, arm)
-        missed = np.count_nonzero(~reached[level])
-        return f"≥ {spread(steps[level], 0)}, {missed} not reached" if missed else spread(steps[level], 0)
+    def stop(steps: np.ndarray) -> str:
+        missed = np.count_nonzero(np.isinf(steps))
+        bounds = spread(np.minimum(steps, last), 0)
+        return "not reached" if missed == steps.size else f"≥ {bounds}, {missed} not reached" if missed else bounds
 
-    rivals = [arm for arm in arms if arm != "rewind"]
-    header = (["level", "weights remaining"] + [f"{arm}: test accuracy, %" for arm in arms]
-              + [f"rewind - {arm}, points" for arm in rivals] + [f"{arm}: early-stop step" for arm in arms])
-    lines = []
-    for level in range(len(measured(rows, "rewind", "step"))):
-        columns = arms if level else ["dense"]
-        blank = [""] * (len(arms) - 1)
-        line = [str(level), f"{final(rows, columns[0], 'weights_remaining')[level].mean():.1f} %"]
-        line += [spread(final(rows, arm, "test_accuracy")[level], 2) for arm in columns]
-        if level == 0:
-            line += blank + [""] * len(rivals) + [stop(0, "dense")] + blank
-        else:
-            for arm in rivals:
-                mean, half = interval((final(rows, "rewind", "test_accuracy") - final(rows, arm, "test_accuracy"))[level])
-                line.append(f"{mean:+.2f}" if math.isnan(half) else f"{mean:+.2f} ± {half:.2f}")
-            line += [stop(level, arm) for arm in arms]
-        lines.append(line)
-    if not arms:
-        header += ["dense: test accuracy, %", "dense: early-stop step"]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-    values = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
-    versions = (f"Python {platform.python_version()}, " +
-                ", ".join(f"{library.__name__} {library.__version__}" for library in (torch, torchvision, np, sns)) +
-                f"; {torch.get_num_threads()} CPU threads")
-    return f"""# {rows[0]["dataset"]}, {rows[0]["model"]}: {" and ".join(arms) or "dense"}
+    table = [["level", "weights remaining"], ["---"] * (2 + 2 * len(arms) + len(rivals))]
+    table[0] += [f"{arm}: test accuracy, %" for arm in arms] + [f"rewind - {arm}, points" for arm in rivals]
+    table[0] += [f"{arm}: early-stop step" for arm in arms]
+    for level, left in enumerate(remaining(rows)):
+        cells = [f"{level}" if level else "0 (dense)", f"{left:.1f} %"]
+        cells += [spread(final(rows, arm)[level], 2) for arm in arms]
+        for mean, half in (paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in rivals):
+            cells.append("" if level == 0 else f"{mean[level]:+.2f} ± {half[level]:.2f}".replace(" ± nan", ""))
+        table.append(cells + [stop(early_stop(rows, arm)[level]) for arm in arms])
+    lines = {"verdict": "\n".join(f"- {sentence}" for sentence in verdict(rows)),
+             "table": "\n".join(f"| {' | '.join(cells)} |" for cells in table),
+             "constants": "\n".join(f"{name} = {value!r}" for name, value in settings.items()),
+             "versions": ", ".join(f"{library.__name__} {library.__version__}"
+                                   for library in (torch, torchvision, np, matplotlib, sns))}
+    return f"""# {rows[0]["dataset"]}, {rows[0]["model"]}: {", ".join(arms)}
 
-{chr(10).join("- " + sentence for sentence in verdict(rows))}
+{lines["verdict"]}
 
-Level 0 is the dense networks. Accuracies are those after the last step, {last}: mean (lowest to highest) over the trials.
-Differences are paired by trial: mean ± half of the 95 % interval. The early-stop step is that of the lowest validation
-loss; where it is the last evaluation, an early stop was not reached, and the mean is a lower bound.
+Accuracies are those after the last step, {last}: mean (lowest to highest) over the trials. Differences are paired by
+trial: mean ± half of the 95 % interval. The early-stop step is that of the lowest validation loss; where this is the
+last evaluation, an early stop was not reached, and the mean is a lower bound.
 
-{table}
+{lines["table"]}
 
 ## Constants and versions
 
 ```
-{values}
+{lines["constants"]}
 ```
 
-{versions}
+Python {platform.python_version()}, {lines["versions"]}; on {device}, {torch.get_num_threads()} CPU threads.
 """
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple:
-    """A seaborn-styled figure and its axes, (rows, columns)."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=1.15)
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
-
-
-def caption(rows: list[dict]) -> str:
-    """What every figure says of its run."""
-    return f"{rows[0]['dataset']}, {rows[0]['model']}, {len({row['trial'] for row in rows})} trials"
+def new_figure(rows: list[dict], statistic: str, columns: int, size: tuple[float, float], **options) -> tuple:
+    """A seaborn-styled figure that names its run and statistic, and a row of axes."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=1.2)
+    figure, (axes,) = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    trials = len({row["trial"] for row in rows})
+    figure.suptitle(f"{rows[0]['dataset']}, {rows[0]['model']}, {trials} trial{'s' * (trials > 1)}: {statistic}")
+    return figure, axes
 
 
 def scale_weights_remaining(axes: plt.Axes, rows: list[dict]) -> None:
     """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
     sparsest = min(row["weights_remaining"] for row in rows)
+    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1) if round(sparsest, 1) <= tick]
     axes.set(xscale="log", xlim=(108, sparsest / 1.08), xlabel="weights remaining (%)")
-    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01) if tick >= sparsest]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 
+def chosen_levels(rows: list[dict]) -> list[int]:
+    """A few levels to look at closely: those nearest to 51, 21, 7 and 3.6 % of weights remaining, as in the paper."""
+    left = remaining(rows)[1:]
+    return sorted({1 + int(np.abs(np.log(left / percent)).argmin()) for percent in (51.3, 21.1, 7.0, 3.6)})
+
+
 def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
-    """Final test accuracy versus weights remaining: mean and min-max band over trials, dense networks dashed."""
-    figure, ((axes,),) = new_figure(8, 5)
-    dense = final(rows, "dense", "test_accuracy")[0]
-    axes.axhline(dense.mean(), color=DENSE_COLOUR, linestyle="--", label=f"dense, {dense.mean():.2f} %")
+    """Final test accuracy versus weights remaining, the dense networks dashed; one scale whichever arms are drawn."""
+    figure, (axes,) = new_figure(rows, "mean, lowest to highest", 1, (8, 5.2))
+    dense, everything = final(rows, "dense")[0], np.concatenate([final(rows, arm) for arm in arms_of(rows)])
+    axes.axhline(dense.mean(), color=COLOURS["dense"], linestyle="--", label=f"dense ({dense.mean():.2f} %)")
     for arm in arms:
-        accuracy, remaining = final(rows, arm, "test_accuracy"), final(rows, arm, "weights_remaining").mean(1)
-        sns.lineplot(x=np.repeat(remaining, accuracy.shape[1]), y=accuracy.ravel(), errorbar=("pi", 100), ax=axes,
-                     color=COLOURS[arm], marker=MARKERS[arm], label=arm)
+        sns.lineplot(x=np.repeat(remaining(rows), len(dense)), y=final(rows, arm).ravel(), errorbar=("pi", 100),
+                     ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=arm)
     scale_weights_remaining(axes, rows)
-    values = np.concatenate([final(rows, arm, "test_accuracy").ravel() for arm in arms_of(rows)])
-    margin = 0.05 * np.ptp(values)
-    axes.set(ylim=(values.min() - margin, values.max() + margin), ylabel="test accuracy (%)",
-             title=f"{title}\n{caption(rows)}: mean, lowest to highest")
+    margin = 0.05 * np.ptp(everything) + 0.01
+    axes.set(ylim=(everything.min() - margin, everything.max() + margin), ylabel="test accuracy (%)", title=title)
     axes.legend(loc="lower left")
     return figure
 
 
 def early_stopping_plot(rows: list[dict]) -> plt.Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, (panels,) = new_figure(11, 5, columns=2, sharey=True)
+    figure, panels = new_figure(rows, "median step; hollow above the line: not reached", 2, (12, 5.2), sharey=True)
     last = max(row["step"] for row in rows)
-    titles = "lowest validation loss", "dense network's final validation accuracy reached"
+    titles = "lowest validation loss", "dense network's final validation accuracy"
     for axes, moment, title in zip(panels, (early_stop, catch_up), titles, strict=True):
-        for arm in arms_of(rows):
-            steps, reached = moment(rows, arm)
-            median, missed = np.median(steps, 1), reached.mean(1) < 0.5
-            remaining = final(rows, arm, "weights_remaining").mean(1)
-            axes.plot(remaining, median, color=COLOURS[arm], label=arm)
-            for group, face in ((missed, "white"), (~missed, COLOURS[arm])):
-                axes.plot(remaining[group], median[group], MARKERS[arm], color=COLOURS[arm], markerfacecolor=face,
-                          markeredgewidth=1.5)
+        axes.axhline(last, color=COLOURS["dense"], linestyle=":", label=f"end of training ({last} steps)")
+        for place, arm in enumerate(arms_of(rows), start=1):
+            median = np.median(moment(rows, arm), axis=1)
+            missed, style = np.isinf(median), {"color": COLOURS[arm], "marker": MARKERS[arm], "markersize": 8}
+            axes.plot(remaining(rows), np.where(missed, np.nan, median), **style, label=arm)
+            axes.plot(remaining(rows)[missed], np.full(missed.sum(), last * (1 + 0.06 * place)), **style,
+                      linestyle="", markerfacecolor="white", markeredgewidth=1.5)
         scale_weights_remaining(axes, rows)
-        axes.axhline(last, color=DENSE_COLOUR, linestyle=":")
-        axes.set(ylim=(0, 1.12 * last), ylabel="training step", title=title)
-    panels[0].plot([], [], "o", color=DENSE_COLOUR, markerfacecolor="white", markeredgewidth=1.5,
-                   label=f"not reached within {last} steps\nin most trials")
+        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= last])
+        axes.set(ylim=(0, last * (1.06 + 0.06 * len(arms_of(rows)))), ylabel="training step", title=title)
     panels[0].legend(loc="lower left")
-    figure.suptitle(f"{caption(rows)}: medians")
     return figure
-
-
-def levels_near(rows: list[dict], percents: tuple[float, ...]) -> list[int]:
-    """The pruned levels whose weights remaining lie nearest to the given percents."""
-    remaining = final(rows, "rewind", "weights_remaining").mean(1)[1:]
-    return sorted({1 + int(np.abs(np.log(remaining / percent)).argmin()) for percent in percents})
 
 
 def learning_curves(rows: list[dict]) -> plt.Figure:
-    """Test accuracy while training, at a few sparsities: mean and min-max band over trials, dense networks dashed."""
-    levels = levels_near(rows, (51.3, 21.1, 7.0, 3.6)) if arms_of(rows) else [0]
-    figure, panels = new_figure(10, 3.9 * math.ceil(len(levels) / 2), math.ceil(len(levels) / 2), min(2, len(levels)),
-                                sharex=True, sharey=True)
-    for level, axes in zip(levels, panels.flat, strict=False):
-        curves = {"dense": 0} | ({arm: level for arm in arms_of(rows)} if level else {})
-        for arm, at in curves.items():
-            accuracy, steps = measured(rows, arm, "test_accuracy")[at], measured(rows, arm, "step")[at]
-            sns.lineplot(x=steps.ravel(), y=accuracy.ravel(), errorbar=("pi", 100), ax=axes, label=arm,
-                         legend=axes is panels.flat[0], color=COLOURS.get(arm, DENSE_COLOUR),
-                         linestyle="--" if arm == "dense" else "-")
-        remaining = final(rows, "rewind" if level else "dense", "weights_remaining")[level].mean()
-        axes.set(xlabel="training step", ylabel="test accuracy (%)", title=f"{remaining:.1f} % of weights remaining")
-    for axes in panels.flat[len(levels):]:
-        axes.remove()
-    figure.suptitle(f"{caption(rows)}: mean, lowest to highest")
+    """Test accuracy while training, at a few sparsities, the dense networks dashed."""
+    levels = chosen_levels(rows) if arms_of(rows) else [0]
+    figure, panels = new_figure(rows, "mean, lowest to highest", len(levels), (2 + 3.5 * len(levels), 4.6), sharey=True)
+    for level, axes in zip(levels, panels, strict=True):
+        for arm, at in {"dense": 0, **dict.fromkeys(arms_of(rows), level)}.items():
+            steps, accuracy = (measured(rows, arm, column)[at].ravel() for column in ("step", "test_accuracy"))
+            sns.lineplot(x=steps, y=accuracy, errorbar=("pi", 100), ax=axes, color=COLOURS[arm], label=arm,
+                         linestyle="-" if at else "--", legend=axes is panels[0])
+        axes.set(xlabel="training step", ylabel="test accuracy (%)", title=f"{remaining(rows)[level]:.1f} % remaining")
     return figure
 
 
-def mask_plot(rows: list[dict], pruned_at: Masks) -> plt.Figure:
-    """Where the rewind arm's first-layer weights survive: per input pixel for the MLP, in each kernel for the LeNet."""
-    if "conv1.weight" not in pruned_at:
-        levels = levels_near(rows, (51.3, 21.1, 7.0, 3.6))
-        figure, panels = new_figure(9, 4.1 * math.ceil(len(levels) / 2), math.ceil(len(levels) / 2), min(2, len(levels)))
-        for level, axes in zip(levels, panels.flat, strict=False):
-            surviving = 100 * masks_at(pruned_at, level)["fc1.weight"].mean((0, 2)).view(28, 28)    # trials, units
-            sns.heatmap(surviving, ax=axes, square=True, cmap="rocket", vmin=0, xticklabels=False, yticklabels=False,
-                        cbar_kws={"label": "weights left (%)"})
-            remaining = final(rows, "rewind", "weights_remaining")[level].mean()
-            axes.set(title=f"{remaining:.1f} % of weights remaining", xlabel="pixel column", ylabel="pixel row")
-        for axes in panels.flat[len(levels):]:
-            axes.remove()
-        figure.suptitle(f"{caption(rows)}: first-layer weights left per input pixel, mean")
-        return figure
-    kernels = pruned_at["conv1.weight"][:5, :, 0].int()                             # (trials, 6, 5, 5)
+def pixel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
+    """Share of each input pixel's first-layer weights that survive, mean over trials; pruned_at (trials, 784, 300)."""
+    levels = chosen_levels(rows)
+    figure, panels = new_figure(rows, "mean share of first-layer weights left", len(levels), (3.6 * len(levels), 4.8))
+    for level, axes in zip(levels, panels, strict=True):
+        share = 100 * ((pruned_at == 0) | (pruned_at > level)).float().mean((0, 2)).view(28, 28)
+        sns.heatmap(share, ax=axes, square=True, cmap="rocket", vmin=0, xticklabels=False, yticklabels=False,
+                    cbar_kws={"label": "weights left (%)", "location": "bottom"})
+        axes.set(title=f"{remaining(rows)[level]:.1f} % remaining", xlabel="pixel column", ylabel="pixel row")
+    return figure
+
+
+def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
+    """When each weight of the first convolution was pruned: a row per trial; pruned_at (trials, kernels, 1, 5, 5)."""
+    figure, (axes,) = new_figure(rows, "the first convolution's kernels", 1, (10, 1.4 + 1.5 * min(5, len(pruned_at))))
     last = max(row["level"] for row in rows)
-    figure, panels = new_figure(10, 0.9 + 1.7 * len(kernels), len(kernels), 6)
-    for (trial, kernel), axes in zip(np.ndindex(len(kernels), 6), panels.flat, strict=True):
-        levels = kernels[trial, kernel]
-        image = axes.imshow(levels.where(levels > 0, last + 1), cmap="viridis", vmin=1, vmax=last + 1)
-        axes.set(xticks=[], yticks=[])
-        axes.grid(False)
-        if kernel == 0:
-            axes.set_ylabel(f"trial {trial}")
-        if trial == 0:
-            axes.set_title(f"kernel {kernel + 1}")
-    bar = figure.colorbar(image, ax=panels, label="level at which the weight was pruned")
-    ticks = sorted({1, (last + 1) // 2, last + 1})
-    bar.set_ticks(ticks, labels=[str(tick) if tick <= last else "survived" for tick in ticks])
-    figure.suptitle(f"{caption(rows)}: the weights of the first convolution")
+    grid = torch.full((min(5, len(pruned_at)), pruned_at.shape[1], 6, 6), torch.nan)     # a gap after each 5x5 kernel
+    grid[..., :5, :5] = pruned_at[:5, :, 0].float()
+    grid = grid.masked_fill(grid == 0, last + 1).transpose(1, 2).flatten(0, 1).flatten(1)
+    ticks = sorted({1, (last + 1) // 2, last})
+    sns.heatmap(grid[:-1, :-1], ax=axes, square=True, cmap="viridis", vmin=1, vmax=last + 1,
+                cbar_kws={"label": "level at which the weight was pruned", "ticks": [*ticks, last + 1]})
+    figure.axes[1].set_yticklabels([*ticks, "survived"])
+    axes.set(xlabel="kernel", ylabel="trial")
+    axes.set_xticks([6 * n + 2.5 for n in range(pruned_at.shape[1])], range(1, pruned_at.shape[1] + 1))
+    axes.set_yticks([6 * n + 2.5 for n in range(len(grid) // 6)], range(len(grid) // 6), rotation=0)
     return figure
 
 
@@ -816,48 +803,46 @@ def draw_figures(rows: list[dict], pruned_at: Masks) -> dict[str, plt.Figure]:
     """Every figure that the run's arms and levels give, by file name."""
     figures = {"learning_curves.png": learning_curves(rows)}
     if arms_of(rows):
-        figures["accuracy_plot_iterative.png"] = accuracy_plot(rows, ["rewind"], "Iterative pruning, survivors rewound")
-        figures["comparison_plot.png"] = accuracy_plot(rows, arms_of(rows), "Is it the connections, or their initial weights?")
+        figures["accuracy_plot_iterative.png"] = accuracy_plot(rows, ["rewind"], "Pruned, survivors rewound")
+        figures["comparison_plot.png"] = accuracy_plot(rows, arms_of(rows), "The connections, or their first weights?")
         figures["early_stopping_plot.png"] = early_stopping_plot(rows)
-        figures["mask_plot.png"] = mask_plot(rows, pruned_at)
+        plot, layer = (kernel_plot, "conv1.weight") if "conv1.weight" in pruned_at else (pixel_plot, "fc1.weight")
+        figures["mask_plot.png"] = plot(rows, pruned_at[layer])
     if "reinit" in arms_of(rows):
         figures["accuracy_plot_reinit.png"] = accuracy_plot(rows, ["reinit"], "The same masks, survivors drawn anew")
     return figures
 
 
-def write_results(state: dict, folder: Path) -> None:
+def write_results(state: dict, folder: Path, device: torch.device) -> None:
     """Write the records, the summary, the tickets and the figures; another run's results move to a folder earlier-N."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(state["rows"])
-    tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
-    matplotlib.use("Agg")                                   # files only: no window, no display needed
-    contents = {"metrics.csv": text.getvalue().encode(), "summary.md": summary(state["rows"], constants()).encode()}
-    for name, content in {"tickets.pt": tickets, **draw_figures(state["rows"], state["pruned_at"])}.items():
-        buffer = io.BytesIO()
-        if name == "tickets.pt":
-            torch.save(content, buffer)
-        else:
-            content.savefig(buffer, format="png", dpi=150)
-            plt.close(content)
-        contents[name] = buffer.getvalue()
-
     metrics = folder / "metrics.csv"
-    if metrics.exists() and metrics.read_bytes() != contents["metrics.csv"]:
+    if metrics.exists() and metrics.read_text() != text.getvalue():
         earlier = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
         earlier.mkdir()
         for name in ("metrics.csv", "summary.md", "tickets.pt", *FIGURES):
             if (folder / name).exists():
                 (folder / name).rename(earlier / name)
-        print(f"another run's results are now in {earlier}")
-    for name, content in contents.items():
-        write_whole(folder / name, content)
+        print(f"another run's results have moved to {earlier}")
+    matplotlib.use("Agg")                                   # files only: no window, no display needed
+    for name, figure in draw_figures(state["rows"], state["pruned_at"]).items():
+        write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
+        plt.close(figure)
+    tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
+    write_whole(folder / "tickets.pt", lambda file: torch.save(tickets, file))
+    words = summary(state["rows"], constants(), str(device))
+    for name, content in {"summary.md": words, "metrics.csv": text.getvalue()}.items():
+        write_whole(folder / name, lambda file, content=content: file.write(content.encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------------------------
+
+# A rule is a triple: the types that a constant may have, a condition on its value, and both in words.
 
 def one_of(*names: str) -> tuple:
     return (str,), lambda value: value in names, "one of " + ", ".join(names)
@@ -869,10 +854,11 @@ def whole_number(lowest: int, highest: float = math.inf) -> tuple:
 
 
 def number(condition: Callable[[float], bool], words: str, *also: type) -> tuple:
-    return (float, int, *also), lambda value: value is None or (math.isfinite(value) and condition(value)), f"a number {words}"
+    good = lambda value: value is None or (math.isfinite(value) and condition(value))     # noqa: E731
+    return (float, int, *also), good, f"a number {words}"
 
 
-RULES = {                                                   # constant: types, condition, what it has to be
+RULES = {
     "DATASET": one_of("MNIST", "FashionMNIST", "KMNIST"),
     "MODEL": one_of("mlp", "lenet"),
     "INIT": one_of("kaiming_normal", "xavier_normal"),
@@ -911,9 +897,9 @@ def read_arguments(arguments: list[str]) -> dict:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
-            fail(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
+            raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
         if name not in RULES:
-            fail(f"there is no constant {name}" + nearest(name, list(RULES)))
+            raise UserError(f"there is no constant {name}" + nearest(name, list(RULES)))
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
@@ -932,27 +918,27 @@ def check_constants() -> None:
         value = globals()[name]
         if type(value) not in types or not condition(value):
             known = words.removeprefix("one of ").split(", ") if words.startswith("one of ") else []
-            fail(f"{name} must be {words}, not {value!r}" + nearest(value, known))
+            raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, known))
     steps = EPOCHS * steps_per_epoch()
-    if LEVELS and "rewind" not in ARMS:
-        fail("ARMS must contain rewind: its networks are the ones that are pruned.")
+    if "rewind" not in ARMS:
+        raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
     if ("transfer" in ARMS) != (TICKETS_FROM is not None):
-        fail("the arm transfer and TICKETS_FROM go together: set both or neither.")
-    if REWIND_STEP >= steps:
-        fail(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
+        raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
+    if steps <= REWIND_STEP:
+        raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
     if TICKETS_FROM is not None:
         given = load_tickets(TICKETS_FROM)["constants"]
         if given["MODEL"] != MODEL or given["TRIALS"] < TRIALS or given["LEVELS"] < LEVELS:
-            fail(f"{TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels of {given['MODEL']}: "
-                 "MODEL must be the same, TRIALS and LEVELS no more.")
+            raise UserError(f"{TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels of "
+                            f"{given['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
     left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(build_network(MODEL, 0)).items()}
     if PRUNE_SCOPE == "global":
         left = {"all layers": sum(left.values())}
     for level, name in itertools.product(range(1, LEVELS + 1), left):
         gone = round(prune_rates(build_network(MODEL, 0)).get(name, PRUNE_RATE) * left[name])
         if not 0 < gone < left[name]:
-            fail(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                 f"{left[name]} weights left in {name} would be pruned.")
+            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
+                            f"{left[name]} weights left in {name} would be pruned.")
         left[name] -= gone
 
 
@@ -965,7 +951,8 @@ def choose_device() -> torch.device:
         torch.zeros(1, device=DEVICE)
         return torch.device(DEVICE)
     except (RuntimeError, AssertionError) as error:
-        fail(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): DEVICE=auto takes what there is.")
+        raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
+                        "DEVICE=auto takes what there is.") from None
 
 
 def prepare_results_folder() -> Path:
@@ -975,7 +962,8 @@ def prepare_results_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        fail(f"the results folder {folder} cannot be written to ({error.strerror}): choose another RESULTS_DIR.")
+        raise UserError(f"the results folder {folder} cannot be written to ({error.strerror}): "
+                        "choose another RESULTS_DIR.") from None
     return folder
 
 
@@ -991,13 +979,19 @@ def main(arguments: list[str]) -> None:
     data = load_dataset(device)
     try:
         state = run_experiment(data, device)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command resumes after the last level that was finished.", file=sys.stderr)
-        raise SystemExit(130) from None
-    write_results(state, folder)
+        write_results(state, folder, device)
+    except OSError as error:
+        raise UserError(f"{error}: nothing is lost; mend that, and the same command resumes.") from None
     checkpoint_path().unlink()
     print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"lth_pruning: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nlth_pruning: stopped; the same command resumes after the last finished level.", file=sys.stderr)
+        sys.exit(130)

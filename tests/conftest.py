@@ -1,0 +1,70 @@
+"""What several tests need: the script as a module with constants of the test's own, and the script as a process."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lth_pruning
+
+SCRIPT = Path(lth_pruning.__file__)
+
+# A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
+REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
+# Only the machinery matters: 55 steps per network.
+TINY = ("TRIALS=2", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=1000", "EVAL_EVERY=30")
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    """The command line of a run that writes to a folder, on the CPU: only there are results the same to the bit."""
+    return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
+
+
+def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the script as a user does, to its end."""
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=240)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.csv, numbers as numbers."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: value if name in ("dataset", "model", "arm") else float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
+    """Test accuracies after the last step, by trial."""
+    last = max(row["step"] for row in rows)
+    rows = [row for row in rows if (row["arm"], row["level"], row["step"]) == (arm, level, last)]
+    return [row["test_accuracy"] for row in sorted(rows, key=lambda row: row["trial"])]
+
+
+@pytest.fixture
+def lth(monkeypatch):
+    """The script as a module, and `set` to give constants values for this test alone."""
+    lth_pruning.set = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
+    lth_pruning.set(DEVICE="cpu")
+    return lth_pruning
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """All of MNIST as the experiment sees it."""
+    return lth_pruning.load_dataset(torch.device("cpu"))
+
+
+@pytest.fixture
+def some_mnist(mnist):
+    """2,000 training images, 500 each to validate and to test, in double precision: rounding stays out of the way."""
+    sizes = {"train": 2_000, "validation": 500, "test": 500}
+    return {name: (mnist[name][0][:size].double(), mnist[name][1][:size]) for name, size in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def reduced_run(tmp_path_factory):
+    """One run of the reduced experiment for all tests that look at its output: (folder, finished process)."""
+    folder = tmp_path_factory.mktemp("reduced")
+    return folder, run_script(folder, *REDUCED)
