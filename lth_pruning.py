@@ -95,9 +95,12 @@ def beside_script(path: str) -> Path:
 def write_whole(path: Path, write: Callable[[IO], None]) -> None:
     """Let `write` fill a file of a temporary name, then rename it: nobody ever sees half a file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
-        write(file)
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 PURPOSES = ("init", "reinit", "shuffle", "split", "order", "dropout")
@@ -489,15 +492,42 @@ def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[t
 
 
 def start_arms(state: dict, tickets: Masks, level: int) -> tuple[Weights, Masks]:
-    """The stack that a level starts from: every arm's networks, one per trial, on the CPU."""
+    """The stack that a level starts from: every arm's networks, one per trial."""
     given = load_tickets(TICKETS_FROM) if TICKETS_FROM else None
-    starts = []
-    for arm, trial in itertools.product(ARMS, range(TRIALS)):
-        starts.append(ARM_STARTS[arm](
-            theta0=pick(state["theta0"], trial), masks=pick(tickets, trial), dense=pick(state["dense"], trial),
-            random=generator(arm, trial, level) if arm in PURPOSES else None,
-            ticket=given and (pick(given["theta0"], trial), masks_at(pick(given["pruned_at"], trial), level))))
+    starts = [ARM_STARTS[arm](
+        theta0=pick(state["theta0"], trial), masks=pick(tickets, trial), dense=pick(state["dense"], trial),
+        random=generator(arm, trial, level) if arm in PURPOSES else None,
+        ticket=given and (pick(given["theta0"], trial), masks_at(pick(given["pruned_at"], trial), level)))
+        for arm, trial in itertools.product(ARMS, range(TRIALS))]
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
+
+
+def start_level(state: dict, level: int) -> tuple[tuple[str, ...], Weights, Masks]:
+    """A level's arms, and their weights and masks: the dense networks, or all arms on newly pruned masks.
+
+    The masks come from the rewind networks trained at the level before, and are noted in the state's pruned_at.
+    """
+    if level == 0:
+        return ("dense",), state["theta0"], full_masks(state["theta0"])
+    rates = prune_rates(build_network(MODEL, DROPOUT))
+    tickets = prune(state["trained"], masks_at(state["pruned_at"], level), rates, PRUNE_SCOPE)
+    for name, mask in tickets.items():
+        state["pruned_at"][name][(mask == 0) & (state["pruned_at"][name] == 0)] = level
+    return ARMS, *start_arms(state, tickets, level)
+
+
+def load_state(checkpoint: Path) -> dict:
+    """The state of an unfinished run from its checkpoint, or that of a new one."""
+    if checkpoint.exists():
+        try:
+            state = torch.load(checkpoint, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
+        print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
+        return state
+    theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
+    never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
+    return {"level": -1, "rows": [], "theta0": theta0, "pruned_at": never}
 
 
 def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> dict:
@@ -506,52 +536,33 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
     The iterative strategy of the paper's section 2. Returns, and saves after each level, the whole state:
     level (the last one finished), rows, theta0, pruned_at, dense and trained (the rewind arm's newest weights).
     """
-    network, steps = build_network(MODEL, DROPOUT), EPOCHS * steps_per_epoch()
-    checkpoint = checkpoint_path()
-    if checkpoint.exists():
-        try:
-            state = torch.load(checkpoint, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
-        print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
-    else:
-        theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
-        never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
-        state = {"level": -1, "rows": [], "theta0": theta0, "pruned_at": never}
-
+    state, steps = load_state(checkpoint_path()), EPOCHS * steps_per_epoch()
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
     work = [TRIALS * (steps + REWIND_STEP)] + LEVELS * [TRIALS * len(ARMS) * steps]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
-    print("level   weights remaining" + "".join(f"{arm:>11}" for arm in ARMS) + "   time left", flush=True)
-    with tqdm(total=sum(work), initial=before, smoothing=0, disable=None, leave=False, unit="step", unit_scale=True,
+    columns = ARMS if LEVELS else ("dense",)
+    print("level   weights remaining" + "".join(f"{arm:>11}" for arm in columns) + "   time left", flush=True)
+    with tqdm(total=sum(work), initial=before, smoothing=0, disable=None, leave=False,
               bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left") as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
-            if level == 0:
-                arms, weights, masks = ("dense",), state["theta0"], full_masks(state["theta0"])
-            else:
-                masks = masks_at(state["pruned_at"], level)
-                tickets = prune(state["trained"], masks, prune_rates(network), PRUNE_SCOPE)
-                for name, mask in tickets.items():
-                    state["pruned_at"][name][(mask == 0) & (state["pruned_at"][name] == 0)] = level
-                arms, (weights, masks) = ARMS, start_arms(state, tickets, level)
+            arms, weights, masks = start_level(state, level)
             weights, masks = ({name: t.to(device) for name, t in tensors.items()} for tensors in (weights, masks))
             trained, evaluations = train(weights, masks, data, level, steps, bar)
-            if level == 0 and REWIND_STEP:                  # the same first steps again: theta0 of the late rewinding
-                early, _ = train(weights, masks, data, level, REWIND_STEP, bar)
-                state["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
-            first = arms.index("dense" if level == 0 else "rewind") * TRIALS
+            first = 0 if level == 0 else arms.index("rewind") * TRIALS
             state["trained"] = {name: tensor[first:first + TRIALS].clone().cpu() for name, tensor in trained.items()}
             if level == 0:
                 state["dense"] = state["trained"]
+                if REWIND_STEP:                             # the same first steps again: the weights to rewind to
+                    early, _ = train(weights, masks, data, level, REWIND_STEP, bar)
+                    state["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
             state["rows"] += records(level, arms, masks, evaluations)
             state["level"] = level
-            write_whole(checkpoint, lambda file: torch.save(state, file))
+            write_whole(checkpoint_path(), functools.partial(torch.save, state))
 
-            done = sum(work[:level + 1])
-            left = (time.monotonic() - begun) * (sum(work) - done) / (done - before)
-            final = evaluations[-1][-1].view(len(arms), TRIALS).mean(1).tolist() * (len(ARMS) if level == 0 else 1)
+            left = (time.monotonic() - begun) * sum(work[level + 1:]) / (sum(work[:level + 1]) - before)
+            accuracy = evaluations[-1][-1].view(len(arms), TRIALS).mean(1).tolist() * (len(columns) // len(arms))
             with tqdm.external_write_mode():
-                print(f"{level:5}{weights_remaining(masks)[first]:18.1f} %" + "".join(f"{x:9.2f} %" for x in final)
+                print(f"{level:5}{weights_remaining(masks)[first]:18.1f} %" + "".join(f"{x:9.2f} %" for x in accuracy)
                       + f"{left / 60:8.1f} min", flush=True)
     return state
 
@@ -832,7 +843,7 @@ def write_results(state: dict, folder: Path, device: torch.device) -> None:
         write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
         plt.close(figure)
     tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
-    write_whole(folder / "tickets.pt", lambda file: torch.save(tickets, file))
+    write_whole(folder / "tickets.pt", functools.partial(torch.save, tickets))
     words = summary(state["rows"], constants(), str(device))
     for name, content in {"summary.md": words, "metrics.csv": text.getvalue()}.items():
         write_whole(folder / name, lambda file, content=content: file.write(content.encode()))
