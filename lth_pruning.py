@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import sys
 import tempfile
@@ -224,9 +223,9 @@ def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
     """A copy of a plain network, on the CPU, that holds a single network's weights."""
     network = copy.deepcopy(network)
     for name, layer in weighted_layers(network).items():
-        weight = weights[f"{name}.weight"].detach().cpu()
-        layer.weight.data = weight.T.clone() if isinstance(layer, nn.Linear) else weight.clone()
-        layer.bias.data = weights[f"{name}.bias"].detach().cpu().flatten().clone()
+        weight, bias = (weights[f"{name}.{part}"].detach().cpu() for part in ("weight", "bias"))
+        weight = weight.T if isinstance(layer, nn.Linear) else weight
+        layer.weight.data, layer.bias.data = weight.clone(memory_format=torch.contiguous_format), bias.flatten().clone()
     return network
 
 
@@ -348,7 +347,7 @@ def load_tickets(path: str | Path) -> dict:
     try:
         tickets = torch.load(beside_script(str(path)), weights_only=True)
         return {name: tickets[name] for name in ("constants", "theta0", "pruned_at")}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:                              # a damaged file can fail to load in any way
         raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
                         "name the tickets.pt of a finished run.") from None
 
@@ -521,7 +520,7 @@ def load_state(checkpoint: Path) -> dict:
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except Exception:                                   # a damaged file can fail to load in any way
             raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
         print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
         return state
@@ -574,7 +573,7 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
 FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
            "early_stopping_plot.png", "learning_curves.png", "mask_plot.png")
 COLOURS = {"dense": "0.35"} | dict(zip(ARM_STARTS, sns.color_palette("colorblind"), strict=False))
-MARKERS = dict(zip(ARM_STARTS, "os^Dv", strict=True))
+MARKERS = dict(zip(("dense", *ARM_STARTS), "Pos^Dv", strict=True))
 
 
 def arms_of(rows: list[dict]) -> list[str]:
@@ -757,12 +756,13 @@ def early_stopping_plot(rows: list[dict]) -> plt.Figure:
         axes.axhline(last, color=COLOURS["dense"], linestyle=":", label=f"end of training ({last} steps)")
         for place, arm in enumerate(arms_of(rows), start=1):
             median = np.median(moment(rows, arm), axis=1)
-            missed, style = np.isinf(median), {"color": COLOURS[arm], "marker": MARKERS[arm], "markersize": 8}
+            missed = np.isinf(median)
+            style = {"color": COLOURS[arm], "marker": MARKERS[arm], "markersize": 10 / place**0.5}
             axes.plot(remaining(rows), np.where(missed, np.nan, median), **style, label=arm)
             axes.plot(remaining(rows)[missed], np.full(missed.sum(), last * (1 + 0.06 * place)), **style,
                       linestyle="", markerfacecolor="white", markeredgewidth=1.5)
         scale_weights_remaining(axes, rows)
-        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= last])
+        axes.set_yticks([tick for tick in plt.MaxNLocator(7).tick_values(0, last) if tick <= last])
         axes.set(ylim=(0, last * (1.06 + 0.06 * len(arms_of(rows)))), ylabel="training step", title=title)
     panels[0].legend(loc="lower left")
     return figure
@@ -776,7 +776,7 @@ def learning_curves(rows: list[dict]) -> plt.Figure:
         for arm, at in {"dense": 0, **dict.fromkeys(arms_of(rows), level)}.items():
             steps, accuracy = (measured(rows, arm, column)[at].ravel() for column in ("step", "test_accuracy"))
             sns.lineplot(x=steps, y=accuracy, errorbar=("pi", 100), ax=axes, color=COLOURS[arm], label=arm,
-                         linestyle="-" if at else "--", legend=axes is panels[0])
+                         marker=MARKERS[arm], linestyle="-" if at else "--", legend=axes is panels[0])
         axes.set(xlabel="training step", ylabel="test accuracy (%)", title=f"{remaining(rows)[level]:.1f} % remaining")
     return figure
 
@@ -804,6 +804,7 @@ def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     sns.heatmap(grid[:-1, :-1], ax=axes, square=True, cmap="viridis", vmin=1, vmax=last + 1,
                 cbar_kws={"label": "level at which the weight was pruned", "ticks": [*ticks, last + 1]})
     figure.axes[1].set_yticklabels([*ticks, "survived"])
+    axes.grid(False)
     axes.set(xlabel="kernel", ylabel="trial")
     axes.set_xticks([6 * n + 2.5 for n in range(pruned_at.shape[1])], range(1, pruned_at.shape[1] + 1))
     axes.set_yticks([6 * n + 2.5 for n in range(len(grid) // 6)], range(len(grid) // 6), rotation=0)

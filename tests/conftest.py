@@ -44,9 +44,9 @@ def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
 
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `set` to give constants values for this test alone."""
-    lth_pruning.set = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
-    lth_pruning.set(DEVICE="cpu")
+    """The script as a module, and `use` to give constants values for this test alone."""
+    lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
+    lth_pruning.use(DEVICE="cpu")
     return lth_pruning
 
 

@@ -30,7 +30,7 @@ def starting_stack(lth, scales: list[float]):
 
 @pytest.mark.parametrize(("model", "prunable"), [("mlp", 266_200), ("lenet", 61_470)])
 def test_architecture_is_the_papers(lth, model, prunable):
-    lth.set(MODEL=model)
+    lth.use(MODEL=model)
     network = lth.build_network(model, 0.2)
     masks = lth.full_masks(lth.stack([lth.initial_weights(torch.Generator())]))
     assert sum(layer.weight.numel() for layer in lth.weighted_layers(network).values()) == prunable
@@ -41,7 +41,7 @@ def test_architecture_is_the_papers(lth, model, prunable):
 @pytest.mark.parametrize(("init", "gain"), [("kaiming_normal", 2), ("xavier_normal", None)])
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_initial_weights_have_the_variance_of_their_init(lth, model, init, gain):
-    lth.set(MODEL=model, INIT=init)
+    lth.use(MODEL=model, INIT=init)
     weights = lth.initial_weights(torch.Generator().manual_seed(1))
     for name, layer in lth.weighted_layers(lth.build_network(model, 0)).items():
         outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
@@ -55,7 +55,7 @@ def test_initial_weights_have_the_variance_of_their_init(lth, model, init, gain)
 
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_stack_gives_the_logits_of_its_plain_networks(lth, model, some_mnist):
-    lth.set(MODEL=model)
+    lth.use(MODEL=model)
     weights, _ = starting_stack(lth, [1, 2, 0.5])
     images = some_mnist["train"][0][:60].view(3, 20, 1, 28, 28)
     network = lth.build_network(model, 0.2).double().eval()
@@ -71,7 +71,7 @@ def test_stack_trains_as_plain_networks_do(lth, model, some_mnist):
     """40 steps of two arms and two trials, against nn layers, unfused AdamW and clip_grad_norm_, one at a time."""
     steps, batch = 40, 64
     clip = 1.0 if model == "mlp" else 0.5
-    lth.set(MODEL=model, TRIALS=2, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip)
+    lth.use(MODEL=model, TRIALS=2, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip)
     weights, masks = starting_stack(lth, [1, 0.3, 2, 1])
     trained, evaluations = lth.train(weights, masks, some_mnist, level=5, steps=steps, bar=BAR)
     assert [evaluation[0] for evaluation in evaluations] == [25, 40]
@@ -111,7 +111,7 @@ def test_stack_trains_as_plain_networks_do(lth, model, some_mnist):
 
 
 def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
-    lth.set(MODEL="mlp")
+    lth.use(MODEL="mlp")
     network = lth.build_network("mlp", 0.3)
     weights = lth.stack([lth.initial_weights(torch.Generator().manual_seed(n)) for n in range(2)])
     # A first layer that passes 1 to every unit, and a second that counts: what arrives is the share kept, rescaled.
@@ -132,7 +132,7 @@ def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist):
     data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
     results = []
     for trials in (2, 5):
-        lth.set(TRIALS=trials, BATCH_SIZE=128, EVAL_EVERY=10)
+        lth.use(TRIALS=trials, BATCH_SIZE=128, EVAL_EVERY=10)
         weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(trials)])
         results.append(lth.train(weights, lth.full_masks(weights), data, level=0, steps=20, bar=BAR))
     (two, two_evaluations), (five, five_evaluations) = results

@@ -1,0 +1,98 @@
+"""Whatever a user can get wrong in the constants ends before the work, in one sentence, with exit code 2."""
+
+import ast
+
+import pytest
+from conftest import SCRIPT, run_script
+
+BAD = [
+    ("TRIALS=0", "TRIALS must be a whole number, 1 or more, not 0"),
+    ("TRIALS=2.5", "TRIALS must be a whole number"),
+    ("TRIALS=True", "TRIALS must be a whole number"),
+    ("TRIALS=five", "TRIALS must be a whole number"),
+    ("LEVELS=-1", "LEVELS must be a whole number, 0 to 255"),
+    ("LEVELS=256", "LEVELS must be a whole number, 0 to 255"),
+    ("PRUNE_RATE=1", "PRUNE_RATE must be a number between 0 and 1"),
+    ("PRUNE_RATE=20", "PRUNE_RATE must be a number between 0 and 1"),
+    ("PRUNE_SCOPE=net", "PRUNE_SCOPE must be one of layer, global"),
+    ("DROPOUT=1.0", "DROPOUT must be a number from 0 to below 1"),
+    ("LEARNING_RATE=0", "LEARNING_RATE must be a number above 0"),
+    ("LEARNING_RATE=None", "LEARNING_RATE must be a number above 0"),
+    ("WEIGHT_DECAY=-1", "WEIGHT_DECAY must be"),
+    ("CLIP_NORM=0", "CLIP_NORM must be a number above 0, or None"),
+    ("BATCH_SIZE=60000", "BATCH_SIZE must be a whole number, 1 to 55000"),
+    ("EVAL_EVERY=0", "EVAL_EVERY must be"),
+    ("SEED=-1", "SEED must be"),
+    ("EPOCHS=0", "EPOCHS must be"),
+    ("INIT=kaiming", "did you mean kaiming_normal?"),
+    ("DATASET=mnist", "did you mean MNIST?"),
+    ("DATASET=FashionMnist", "did you mean FashionMNIST?"),
+    ("DATASET=CIFAR10", "DATASET must be one of MNIST, FashionMNIST, KMNIST"),
+    ("MODEL=LeNet", "did you mean lenet?"),
+    ("ARMS=rewind,rewnd", "ARMS must be"),
+    ("ARMS=rewind,rewind", "ARMS must be"),
+    ("ARMS=()", "ARMS must be"),
+    ("ARMS=reinit", "ARMS must contain rewind"),
+    ("ARMS=rewind,transfer", "TICKETS_FROM"),
+    ("TICKETS_FROM=nothing.pt", "TICKETS_FROM"),
+    ("REWIND_STEP=1287", "REWIND_STEP must be below the 1287 steps"),
+    ("LEVELS=60", "LEVELS=60 is too many"),
+    ("DEVICE=gpu", "DEVICE=gpu cannot be used here"),
+    ("RESULTS_DIR=", "RESULTS_DIR must be"),
+    ("TRIAL=3", "there is no constant TRIAL; did you mean TRIALS?"),
+    ("levels=3", "there is no constant levels; did you mean LEVELS?"),
+    ("--trials", "'--trials' is not of the form NAME=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("argument", "sentence"), BAD)
+def test_bad_constants_are_refused(lth, tmp_path, argument, sentence):
+    for name, value in lth.constants().items():
+        lth.use(**{name: value})                                                # restored when the test ends
+    with pytest.raises(lth.UserError) as caught:
+        lth.main([f"RESULTS_DIR={tmp_path}", argument])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argument", ["TRIALS=0", "TRIAL=3", "DEVICE=gpu", "RESULTS_DIR=/dev/null/results",
+                                      f"RESULTS_DIR={SCRIPT}"])
+def test_the_program_ends_with_one_sentence_and_code_2(tmp_path, argument):
+    result = run_script(tmp_path, argument)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("lth_pruning: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_constant_edited_in_the_file_is_checked_too(lth):
+    lth.use(TRIALS="5")
+    with pytest.raises(lth.UserError, match="TRIALS must be a whole number"):
+        lth.check_constants()
+
+
+@pytest.mark.parametrize(("argument", "name", "value"), [
+    ("ARMS=rewind,shuffle", "ARMS", ("rewind", "shuffle")), ("ARMS=('rewind',)", "ARMS", ("rewind",)),
+    ("ARMS=rewind", "ARMS", ("rewind",)), ("CLIP_NORM=None", "CLIP_NORM", None), ("DROPOUT=0", "DROPOUT", 0),
+    ("LEARNING_RATE=1e-3", "LEARNING_RATE", 1e-3), ("RESULTS_DIR=2026", "RESULTS_DIR", "2026"),
+    ("RESULTS_DIR='a=b'", "RESULTS_DIR", "a=b"), ("MODEL=lenet", "MODEL", "lenet"), ("TRIALS=1_0", "TRIALS", 10)])
+def test_good_arguments_are_read_as_python_would(lth, argument, name, value):
+    assert lth.read_arguments([argument]) == {name: value}
+    lth.use(**{name: value})
+    lth.check_constants()
+
+
+def test_every_constant_has_a_rule_and_is_in_the_readme(lth):
+    tree = ast.parse(SCRIPT.read_text())
+    rules = list(lth.RULES)
+    assigned = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
+    assert assigned[:len(rules)] == rules                       # just the constants at the top, in this order
+    readme = (SCRIPT.parent / "README.md").read_text()
+    assert not [name for name in rules if f"`{name}`" not in readme]
+
+
+def test_help_shows_the_constants():
+    result = run_script(SCRIPT.parent, "--help")
+    assert result.returncode == 0
+    assert "PRUNE_RATE = 0.2" in result.stdout

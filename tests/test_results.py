@@ -1,0 +1,118 @@
+"""Tables and sentences, on records made for the purpose so that the right answer is known."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+LEFT = (100.0, 50.0, 20.0, 10.0)
+STEPS = (100, 200, 300)
+
+
+def make_rows(final_accuracy: dict[str, list[list[float]]], trials: int = 3) -> list[dict]:
+    """Records whose last test accuracies are given by arm as [level][trial]; before, they climb by a point a step."""
+    rows = []
+    for level, left in enumerate(LEFT):
+        for arm, values in final_accuracy.items():
+            if (arm == "dense") != (level == 0):
+                continue
+            for trial in range(trials):
+                last = values[level if level == 0 else level - 1][trial]
+                rows += [{"dataset": "MNIST", "model": "mlp", "arm": arm, "trial": trial, "level": level,
+                          "weights_remaining": left, "step": step, "train_loss": 1 / step, "val_loss": 1 / step,
+                          "val_accuracy": last - 2 + n, "test_accuracy": last - 2 + n}
+                         for n, step in enumerate(STEPS)]
+    return rows
+
+
+@pytest.fixture
+def rows():
+    """Rewind is matching down to 20 % and then below; reinit is below from 20 % on, and equal to dense at 50 %."""
+    return make_rows({"dense": [[97.0, 97.2, 97.4]],
+                      "rewind": [[97.5, 97.5, 97.8], [97.1, 97.2, 97.3], [96.0, 96.1, 96.5]],
+                      "reinit": [[97.0, 97.2, 97.4], [96.0, 96.2, 96.4], [95.1, 95.0, 95.5]]})
+
+
+# Two-sided 95 % quantiles of Student's t, from the tables in statistics books.
+@pytest.mark.parametrize(("trials", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)])
+def test_interval_is_students(lth, trials, quantile):
+    differences = np.random.default_rng(trials).normal(1, 2, (4, trials))
+    mean, half = lth.paired_interval(differences)
+    for level in range(4):
+        assert mean[level] == pytest.approx(statistics.mean(differences[level]))
+        expected = quantile * statistics.stdev(differences[level]) / math.sqrt(trials)
+        assert half[level] == pytest.approx(expected, rel=2e-4)
+
+
+def test_one_trial_has_no_interval(lth):
+    mean, half = lth.paired_interval(np.array([[0.5], [1.0]]))
+    assert mean.tolist() == [0.5, 1.0]
+    assert np.isnan(half).all()
+
+
+def test_verdict_names_the_right_levels(lth, rows):
+    text = "\n".join(lth.verdict(rows))
+    assert "dense networks end at 97.20 % test accuracy (mean of 3 trials, 97.00 to 97.40)" in text
+    assert "smallest matching ticket keeps 20.0 % of the weights: rewound, it ends at 97.20 %" in text
+    assert "reinit networks end below the dense ones from 20.0 % of the weights on" in text
+    # Differences at the last level are 0.9, 1.1 and 1.0: 1 +- 4.303 * 0.1 / sqrt(3).
+    assert "At 10.0 % of the weights, rewind - reinit is +1.00 points (95 % interval +0.75 to +1.25, paired" in text
+    # At 50 %: 0.5, 0.3 and 0.4, at 20 %: 1.1, 1.0 and 0.9: above zero with their intervals too.
+    assert "Of 3 levels, the interval of rewind - reinit lies above zero at 3 and below at 0" in text
+    assert "that of dense - reinit lies above zero at 2" in text
+
+
+def test_verdict_says_so_when_no_ticket_matches_and_reinit_wins(lth):
+    rows = make_rows({"dense": [[97.0] * 3], "rewind": [[90.0, 90.1, 90.2]] * 3, "reinit": [[98.0, 98.1, 98.2]] * 3})
+    text = "\n".join(lth.verdict(rows))
+    assert "No rewound ticket is matching" in text
+    assert "reinit networks end below the dense ones at no level to stay" in text
+    assert "rewind - reinit is -8.00 points" in text
+    assert "lies above zero at 0 and below at 3" in text
+
+
+def test_dense_networks_alone_have_a_summary(lth):
+    rows = [row for row in make_rows({"dense": [[97.0, 97.2, 97.4]]}) if row["level"] == 0]
+    text = lth.summary(rows, {"LEVELS": 0}, "cpu")
+    assert "mean of 3 trials" in text
+    assert "| 0 (dense) | 100.0 % | 97.20 (97.00 to 97.40) | not reached |" in text
+    assert "ticket" not in text
+
+
+def test_summary_has_a_row_per_level(lth, rows):
+    lines = lth.summary(rows, {"SEED": 1}, "cpu").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(LEFT)
+    assert len({len(row) for row in table}) == 1
+    assert table[4] == ["2", "20.0 %", "97.20 (97.10 to 97.30)", "96.20 (96.00 to 96.40)", "+1.00 ± 0.25",
+                        "not reached", "not reached"]
+    assert "SEED = 1" in lines
+
+
+def test_early_stop_is_judged_by_validation_loss_and_marked_where_not_reached(lth, rows):
+    """The lowest test loss is nowhere looked at; a minimum at the last evaluation is no early stop."""
+    for row in rows:
+        if row["arm"] == "rewind" and row["level"] == 2 and row["trial"] == 1 and row["step"] == 200:
+            row["val_loss"] = 0.0
+    stops = lth.early_stop(rows, "rewind")
+    assert stops.shape == (4, 3)
+    assert stops[2].tolist() == [math.inf, 200, math.inf]
+    assert np.isinf(np.delete(stops, 2, axis=0)).all()
+    assert "≥ 267 (200 to 300), 2 not reached" in lth.summary(rows, {}, "cpu")
+
+
+def test_catching_up_is_with_the_same_trials_dense_network(lth, rows):
+    """Dense networks end at 97.0, 97.2 and 97.4; at 50 % rewound ones pass through 96.5, 97.5 - 1 and so on."""
+    caught = lth.catch_up(rows, "rewind")
+    assert caught[0].tolist() == [300, 300, 300]
+    assert caught[1].tolist() == [300, 300, 300]
+    assert np.isinf(caught[3]).all()
+    for row in rows:
+        if (row["arm"], row["level"], row["trial"], row["step"]) == ("rewind", 1, 2, 100):
+            row["val_accuracy"] = 97.4
+    assert lth.catch_up(rows, "rewind")[1].tolist() == [300, 300, 100]
+
+
+def test_levels_to_look_at_are_those_of_the_paper(lth, rows):
+    assert lth.chosen_levels(rows) == [1, 2, 3]
