@@ -78,6 +78,61 @@ DATA_DIR      = "data"                # relative paths start beside this script
 RESULTS_DIR   = "results"
 DEVICE        = "auto"                # cuda, else mps, else cpu
 
+VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the paper
+
+
+# What a constant may be is a triple: its types, a condition on its value, and both in words.
+
+def one_of(*names: str) -> tuple:
+    return (str,), lambda value: value in names, "one of " + ", ".join(names)
+
+
+def whole_number(lowest: int, highest: float = math.inf) -> tuple:
+    most = f" to {highest}" if highest < math.inf else " or more"
+    return (int,), lambda value: lowest <= value <= highest, f"a whole number, {lowest}{most}"
+
+
+def number(condition: Callable[[float], bool], words: str) -> tuple:
+    return (float, int), lambda value: math.isfinite(value) and condition(value), f"a number {words}"
+
+
+def text(words: str) -> tuple:
+    return (str,), bool, words
+
+
+ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
+RULES = {
+    "DATASET": one_of("MNIST", "FashionMNIST", "KMNIST"),
+    "MODEL": one_of("mlp", "lenet"),
+    "INIT": one_of("kaiming_normal", "xavier_normal"),
+    "DROPOUT": number(lambda share: 0 <= share < 1, "from 0 to below 1"),
+    "ARMS": ((tuple,), lambda arms: arms and all(arm in ALL_ARMS for arm in arms) and len(set(arms)) == len(arms),
+             "a choice, each once, of " + ", ".join(ALL_ARMS)),
+    "TRIALS": whole_number(1),
+    "LEVELS": whole_number(0, 255),   # tickets.pt holds them in 8 bits
+    "PRUNE_RATE": number(lambda rate: 0 < rate < 1, "between 0 and 1"),
+    "PRUNE_SCOPE": one_of("layer", "global"),
+    "REWIND_STEP": whole_number(0),
+    "TICKETS_FROM": text("None, or the path of a tickets.pt"),
+    "SEED": whole_number(0),
+    "EPOCHS": whole_number(1),
+    "BATCH_SIZE": whole_number(1, 60_000 - VALIDATION_SIZE),
+    "LEARNING_RATE": number(lambda rate: rate > 0, "above 0"),
+    "WEIGHT_DECAY": number(lambda decay: decay >= 0, "of at least 0"),
+    "CLIP_NORM": number(lambda norm: norm > 0, "above 0, or None"),
+    "EVAL_EVERY": whole_number(1),
+    "DATA_DIR": text("a folder's path"),
+    "RESULTS_DIR": text("a folder's path"),
+    "DEVICE": text("auto, cpu, cuda, cuda:1 and so on, or mps"),
+}
+MAY_BE_NONE = ("TICKETS_FROM", "CLIP_NORM")
+
+
+def constants() -> dict:
+    """All constants as they stand, by name."""
+    return {name: globals()[name] for name in RULES}
+
+
 Weights = dict[str, Tensor]           # "fc1.weight" -> tensor; a stack's tensors have a leading nets dimension
 Masks = dict[str, Tensor]             # prunable weights only; 1 where a weight remains, 0 where it was pruned
 
@@ -115,7 +170,6 @@ def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.
 # Data
 # ------------------------------------------------------------------------------------------------------------------
 
-VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the paper
 UNPACKED_BYTES = {"train-images-idx3-ubyte": 16 + 60_000 * 784, "train-labels-idx1-ubyte": 8 + 60_000,
                   "t10k-images-idx3-ubyte": 16 + 10_000 * 784, "t10k-labels-idx1-ubyte": 8 + 10_000}
 
@@ -334,7 +388,7 @@ def transfer(ticket: tuple[Weights, Masks], **_) -> tuple[Weights, Masks]:
     return rewind(*ticket)
 
 
-ARM_STARTS = {"rewind": rewind, "reinit": reinit, "shuffle": shuffle, "oneshot": oneshot, "transfer": transfer}
+ARM_STARTS = dict(zip(ALL_ARMS, (rewind, reinit, shuffle, oneshot, transfer), strict=True))
 
 
 def masks_at(pruned_at: Masks, level: int) -> Masks:
@@ -469,11 +523,6 @@ COLUMNS = ("dataset", "model", "arm", "trial", "level", "weights_remaining", "st
            "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 
 
-def constants() -> dict:
-    """All constants as they stand, by name."""
-    return {name: globals()[name] for name in RULES}
-
-
 def checkpoint_path() -> Path:
     """Where an unfinished run with just these constants keeps its state; where files lie is not part of a run."""
     names = {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR")}
@@ -520,10 +569,10 @@ def load_state(checkpoint: Path) -> dict:
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, weights_only=True)
+            print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
+            return state
         except Exception:                                   # a damaged file can fail to load in any way
             raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
-        print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
-        return state
     theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
     never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
     return {"level": -1, "rows": [], "theta0": theta0, "pruned_at": never}
@@ -572,8 +621,8 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
 
 FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
            "early_stopping_plot.png", "learning_curves.png", "mask_plot.png")
-COLOURS = {"dense": "0.35"} | dict(zip(ARM_STARTS, sns.color_palette("colorblind"), strict=False))
-MARKERS = dict(zip(("dense", *ARM_STARTS), "Pos^Dv", strict=True))
+COLOURS = {"dense": "0.35"} | dict(zip(ALL_ARMS, sns.color_palette("colorblind"), strict=False))
+MARKERS = dict(zip(("dense", *ALL_ARMS), "Pos^Dv", strict=True))
 
 
 def arms_of(rows: list[dict]) -> list[str]:
@@ -854,48 +903,6 @@ def write_results(state: dict, folder: Path, device: torch.device) -> None:
 # Main
 # ------------------------------------------------------------------------------------------------------------------
 
-# A rule is a triple: the types that a constant may have, a condition on its value, and both in words.
-
-def one_of(*names: str) -> tuple:
-    return (str,), lambda value: value in names, "one of " + ", ".join(names)
-
-
-def whole_number(lowest: int, highest: float = math.inf) -> tuple:
-    most = f" to {highest}" if highest < math.inf else " or more"
-    return (int,), lambda value: lowest <= value <= highest, f"a whole number, {lowest}{most}"
-
-
-def number(condition: Callable[[float], bool], words: str, *also: type) -> tuple:
-    good = lambda value: value is None or (math.isfinite(value) and condition(value))     # noqa: E731
-    return (float, int, *also), good, f"a number {words}"
-
-
-RULES = {
-    "DATASET": one_of("MNIST", "FashionMNIST", "KMNIST"),
-    "MODEL": one_of("mlp", "lenet"),
-    "INIT": one_of("kaiming_normal", "xavier_normal"),
-    "DROPOUT": number(lambda p: 0 <= p < 1, "from 0 to below 1"),
-    "ARMS": ((tuple,), lambda arms: arms and all(arm in ARM_STARTS for arm in arms) and len(set(arms)) == len(arms),
-             "a choice, each once, of " + ", ".join(ARM_STARTS)),
-    "TRIALS": whole_number(1),
-    "LEVELS": whole_number(0, 255),                         # pruned_at holds them in 8 bits
-    "PRUNE_RATE": number(lambda rate: 0 < rate < 1, "between 0 and 1"),
-    "PRUNE_SCOPE": one_of("layer", "global"),
-    "REWIND_STEP": whole_number(0),
-    "TICKETS_FROM": ((str, type(None)), lambda path: True, "None, or the path of a tickets.pt"),
-    "SEED": whole_number(0),
-    "EPOCHS": whole_number(1),
-    "BATCH_SIZE": whole_number(1, 60_000 - VALIDATION_SIZE),
-    "LEARNING_RATE": number(lambda rate: rate > 0, "above 0"),
-    "WEIGHT_DECAY": number(lambda decay: decay >= 0, "of at least 0"),
-    "CLIP_NORM": number(lambda norm: norm > 0, "above 0, or None", type(None)),
-    "EVAL_EVERY": whole_number(1),
-    "DATA_DIR": ((str,), lambda path: path, "a folder's path"),
-    "RESULTS_DIR": ((str,), lambda path: path, "a folder's path"),
-    "DEVICE": ((str,), lambda device: device, "auto, cpu, cuda, cuda:1 and so on, or mps"),
-}
-
-
 def nearest(name: str, known: list[str]) -> str:
     """A suggestion to end an error with, or nothing."""
     alike = {other.lower(): other for other in known}
@@ -928,6 +935,8 @@ def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
     for name, (types, condition, words) in RULES.items():
         value = globals()[name]
+        if value is None and name in MAY_BE_NONE:
+            continue
         if type(value) not in types or not condition(value):
             known = words.removeprefix("one of ").split(", ") if words.startswith("one of ") else []
             raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, known))

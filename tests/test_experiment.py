@@ -28,7 +28,7 @@ def check_figures(folder, names):
     for name in names:
         pixels = matplotlib.image.imread(folder / name)[..., :3]
         coloured = np.ptp(pixels, axis=2) > 0.2
-    XX
+        assert min(pixels.shape[:2]) > 400, name
         assert coloured.mean() > 0.001 or names == {"learning_curves.png"}, name
         assert (pixels.min(axis=2) < 0.5).mean() > 0.005, name                  # writing and lines
 
