@@ -119,6 +119,29 @@ def test_tickets_hold_theta0_and_nested_masks(reduced_run, lth):
         lth.load_ticket(folder / "metrics.csv", 0, 0)
 
 
+def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, mnist):
+    """Dense networks from theta0, rewound ones from theta0 and masks alone, re-initialised ones from their seeds: with
+    the same hyper-parameters for all, each gives its rows of metrics.csv to the last digit. So nothing else went in: no
+    trained weight or bias, no optimiser state, no other mask, no other learning rate."""
+    folder, _ = reduced_run
+    rows = read_metrics(folder)
+    lth.use(TRIALS=2, EVAL_EVERY=100)
+    tickets = lth.load_tickets(folder / "tickets.pt")
+    theta0, everything = tickets["theta0"], lth.full_masks(tickets["theta0"])
+    masks = lth.masks_at(tickets["pruned_at"], 2)
+    fresh = lth.stack([lth.initial_weights(lth.generator("reinit", trial, 2)) for trial in range(2)])
+    for arm, level, weights, mask in (("dense", 0, theta0, everything), ("rewind", 2, theta0, masks),
+                                      ("reinit", 2, fresh, masks)):
+        start = {name: tensor * mask.get(name, 1) for name, tensor in weights.items()}
+        _, evaluations = lth.train(start, mask, mnist, level, steps=429, bar=lth.tqdm(disable=True))
+        recorded = [row for row in rows if (row["arm"], row["level"]) == (arm, level)]
+        assert len(recorded) == 10
+        for row in recorded:
+            measures = next(rest for step, *rest in evaluations if step == row["step"])
+            expected = [float(f"{measure[int(row['trial'])]:.6g}") for measure in measures]
+            assert [row[name] for name in COLUMNS[7:]] == expected, (arm, row)
+
+
 def test_a_loaded_ticket_trains_like_any_network(reduced_run, lth, mnist):
     """And as well as the run said of it: plain PyTorch, one network, the masks of torch.nn.utils.prune."""
     network = lth.load_ticket(reduced_run[0] / "tickets.pt", trial=0, level=2).train()

@@ -3,9 +3,12 @@
 import math
 import statistics
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
 
+matplotlib.use("Agg")
 LEFT = (100.0, 50.0, 20.0, 10.0)
 STEPS = (100, 200, 300)
 
@@ -116,3 +119,38 @@ def test_catching_up_is_with_the_same_trials_dense_network(lth, rows):
 
 def test_levels_to_look_at_are_those_of_the_paper(lth, rows):
     assert lth.chosen_levels(rows) == [1, 2, 3]
+
+
+def test_figures_show_the_records(lth, rows):
+    """Points and bands of the comparison figure, and the medians of the early-stopping figure, are the records' own."""
+    axes = lth.accuracy_plot(rows, ["rewind", "reinit"], "title").axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["dense (97.20 %)"].get_ydata() == pytest.approx([97.2, 97.2])
+    means = {"rewind": [97.2, 97.6, 97.2, 96.2], "reinit": [97.2, 97.2, 96.2, 95.2]}
+    for arm, expected in means.items():
+        drawn = sorted(zip(lines[arm].get_xdata(), lines[arm].get_ydata(), strict=True), reverse=True)
+        assert [x for x, _ in drawn] == list(LEFT)
+        assert [y for _, y in drawn] == pytest.approx(expected)
+    bands = [band.get_paths()[0].get_extents() for band in axes.collections]
+    assert [(band.y0, band.y1) for band in bands] == [pytest.approx((96.0, 97.8)), pytest.approx((95.0, 97.4))]
+    assert axes.get_xscale() == "log" and axes.get_xlim()[0] > axes.get_xlim()[1]
+
+    stops, catches = lth.early_stopping_plot(rows).axes
+    for axes, arm, expected in ((stops, "rewind", [math.nan] * 4), (catches, "rewind", [300, 300, 300, math.nan]),
+                                (catches, "reinit", [300, 300, math.nan, math.nan])):
+        line = next(line for line in axes.get_lines() if line.get_label() == arm)
+        assert line.get_ydata().tolist() == pytest.approx(expected, nan_ok=True)
+    hollow = [line for line in catches.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [line.get_xdata().tolist() for line in hollow] == [[10.0], [20.0, 10.0]]
+    assert all((line.get_ydata() > 300).all() for line in hollow)
+
+
+def test_mask_figure_shows_the_share_left_at_each_pixel(lth, rows):
+    pruned_at = torch.zeros(3, 784, 300, dtype=torch.uint8)
+    pruned_at[:, 5, :150] = 1
+    pruned_at[:2, 6, :] = 2
+    figure = lth.pixel_plot(rows, pruned_at)
+    for axes, expected in zip(figure.axes[:3], ([50, 100], [50, 100 / 3], [50, 100 / 3]), strict=True):
+        shares = axes.collections[0].get_array().reshape(28, 28)
+        assert shares[0, 5:7].tolist() == pytest.approx(expected)
+        assert shares.sum() == pytest.approx(78_400 - 200 + sum(expected), rel=1e-6)
