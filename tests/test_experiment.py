@@ -122,7 +122,8 @@ def test_tickets_hold_theta0_and_nested_masks(reduced_run, lth):
 def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, mnist):
     """Dense networks from theta0, rewound ones from theta0 and masks alone, re-initialised ones from their seeds: with
     the same hyper-parameters for all, each gives its rows of metrics.csv to the last digit. So nothing else went in: no
-    trained weight or bias, no optimiser state, no other mask, no other learning rate."""
+    trained weight or bias, no optimiser state, no other mask. And the next level's masks come from these networks,
+    dense or rewound, not from the re-initialised ones."""
     folder, _ = reduced_run
     rows = read_metrics(folder)
     lth.use(TRIALS=2, EVAL_EVERY=100)
@@ -133,7 +134,10 @@ def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, m
     for arm, level, weights, mask in (("dense", 0, theta0, everything), ("rewind", 2, theta0, masks),
                                       ("reinit", 2, fresh, masks)):
         start = {name: tensor * mask.get(name, 1) for name, tensor in weights.items()}
-        _, evaluations = lth.train(start, mask, mnist, level, steps=429, bar=lth.tqdm(disable=True))
+        trained, evaluations = lth.train(start, mask, mnist, level, steps=429, bar=lth.tqdm(disable=True))
+        pruned = lth.prune(trained, mask, {"fc1.weight": 0.6, "fc2.weight": 0.6, "output.weight": 0.3}, "layer")
+        following = lth.masks_at(tickets["pruned_at"], level + 1)
+        assert all(torch.equal(pruned[name], following[name]) for name in following) == (arm != "reinit")
         recorded = [row for row in rows if (row["arm"], row["level"]) == (arm, level)]
         assert len(recorded) == 10
         for row in recorded:

@@ -66,14 +66,14 @@ def test_stack_gives_the_logits_of_its_plain_networks(lth, model, some_mnist):
         torch.testing.assert_close(logits[n], plain(images[n]), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet"])
-def test_stack_trains_as_plain_networks_do(lth, model, some_mnist):
+@pytest.mark.parametrize(("model", "level"), [("mlp", 0), ("mlp", 5), ("lenet", 5)])
+def test_stack_trains_as_plain_networks_do(lth, model, level, some_mnist):
     """40 steps of two arms and two trials, against nn layers, unfused AdamW and clip_grad_norm_, one at a time."""
     steps, batch = 40, 64
     clip = 1.0 if model == "mlp" else 0.5
     lth.use(MODEL=model, TRIALS=2, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip)
     weights, masks = starting_stack(lth, [1, 0.3, 2, 1])
-    trained, evaluations = lth.train(weights, masks, some_mnist, level=5, steps=steps, bar=BAR)
+    trained, evaluations = lth.train(weights, masks, some_mnist, level, steps=steps, bar=BAR)
     assert [evaluation[0] for evaluation in evaluations] == [25, 40]
 
     images, labels = some_mnist["train"]
@@ -83,7 +83,7 @@ def test_stack_trains_as_plain_networks_do(lth, model, some_mnist):
         layers = lth.weighted_layers(plain)
         plain_masks = {name: mask.T if mask.dim() == 2 else mask for name, mask in lth.pick(masks, n).items()}
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1.2e-3, weight_decay=1e-2)
-        order_generator, losses = draw(3, n % 2, 5, 4), []                      # trial n % 2, level 5, purpose "order"
+        order_generator, losses = draw(3, n % 2, level, 4), []                  # trial n % 2, purpose "order"
         order = [torch.randperm(2_000, generator=order_generator)[:2_000 // batch * batch] for _ in range(2)]
         for pick in torch.cat(order).split(batch)[:steps]:
             optimizer.zero_grad()
@@ -125,6 +125,20 @@ def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
     assert dropped.std().item() > 0.02
     assert torch.equal(dropped[0], dropped[1])                                  # one mask serves the whole stack
     assert torch.allclose(lth.forward(network, weights, x), torch.ones(2, 4_000, 10))
+
+
+def test_evaluation_is_without_dropout(lth, mnist):
+    """Against a plain network in eval mode, on more images than one chunk holds and a chunk that is not full."""
+    lth.use(DROPOUT=0.5)
+    network = lth.build_network("mlp", 0.5)
+    weights = lth.stack([lth.initial_weights(torch.Generator().manual_seed(n)) for n in range(2)])
+    images, labels = mnist["test"][0][:2_500], mnist["test"][1][:2_500]
+    loss, accuracy = lth.evaluate(network, weights, images, labels)
+    for n in range(2):
+        with torch.no_grad():
+            logits = lth.as_plain_network(network, lth.pick(weights, n)).eval()(images)
+        assert loss[n].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert accuracy[n].item() == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.05)
 
 
 def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist):
