@@ -9,7 +9,8 @@ from their original initial weights ("rewind"), or from fresh random ones on the
 
 Out come figures, metrics.csv, summary.md and tickets.pt in results/. A run that is stopped resumes where it was.
 
-HEADLINE
+Measured with the defaults over 5 trials: dense networks end at 97.36 % test accuracy, rewound tickets at 98.11 % with
+21 % of the weights and at 97.51 % with 3.6 %, re-initialised ones at 96.81 % and 94.86 %.
 """
 
 import ast
@@ -798,7 +799,7 @@ def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
 
 def early_stopping_plot(rows: list[dict]) -> plt.Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, panels = new_figure(rows, "median step; hollow above the line: not reached", 2, (12, 5.2), sharey=True)
+    figure, panels = new_figure(rows, "median step; hollow: not reached by most", 2, (12, 5.2), sharey=True)
     last = max(row["step"] for row in rows)
     titles = "lowest validation loss", "dense network's final validation accuracy"
     for axes, moment, title in zip(panels, (early_stop, catch_up), titles, strict=True):
