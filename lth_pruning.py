@@ -648,9 +648,9 @@ def final(rows: list[dict], arm: str, column: str = "test_accuracy") -> np.ndarr
     return measured(rows, arm, column)[:, :, -1]
 
 
-def remaining(rows: list[dict]) -> np.ndarray:
-    """Percent of weights remaining of the rewind arm's networks, (levels,)."""
-    return final(rows, "rewind", "weights_remaining").mean(1)
+def remaining(rows: list[dict], arm: str = "rewind") -> np.ndarray:
+    """Percent of weights remaining, (levels,); the same in every arm but transfer, whose masks come from elsewhere."""
+    return final(rows, arm, "weights_remaining").mean(1)
 
 
 def early_stop(rows: list[dict], arm: str) -> np.ndarray:
@@ -682,7 +682,8 @@ def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def sparsest_matching(rows: list[dict], arm: str) -> int:
     """The sparsest level at which the arm's mean test accuracy is not below the dense networks'; 0 if none is."""
-    return int(np.flatnonzero(final(rows, arm).mean(1) >= final(rows, "dense").mean())[-1])
+    accuracy = final(rows, arm).mean(1)
+    return int(np.flatnonzero(accuracy >= accuracy[0])[-1])
 
 
 def verdict(rows: list[dict]) -> list[str]:
@@ -788,7 +789,7 @@ def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
     dense, everything = final(rows, "dense")[0], np.concatenate([final(rows, arm) for arm in arms_of(rows)])
     axes.axhline(dense.mean(), color=COLOURS["dense"], linestyle="--", label=f"dense ({dense.mean():.2f} %)")
     for arm in arms:
-        sns.lineplot(x=np.repeat(remaining(rows), len(dense)), y=final(rows, arm).ravel(), errorbar=("pi", 100),
+        sns.lineplot(x=np.repeat(remaining(rows, arm), len(dense)), y=final(rows, arm).ravel(), errorbar=("pi", 100),
                      ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=arm)
     scale_weights_remaining(axes, rows)
     margin = 0.05 * np.ptp(everything) + 0.01
@@ -808,8 +809,8 @@ def early_stopping_plot(rows: list[dict]) -> plt.Figure:
             median = np.median(moment(rows, arm), axis=1)
             missed = np.isinf(median)
             style = {"color": COLOURS[arm], "marker": MARKERS[arm], "markersize": 10 / place**0.5}
-            axes.plot(remaining(rows), np.where(missed, np.nan, median), **style, label=arm)
-            axes.plot(remaining(rows)[missed], np.full(missed.sum(), last * (1 + 0.06 * place)), **style,
+            axes.plot(remaining(rows, arm), np.where(missed, np.nan, median), **style, label=arm)
+            axes.plot(remaining(rows, arm)[missed], np.full(missed.sum(), last * (1 + 0.06 * place)), **style,
                       linestyle="", markerfacecolor="white", markeredgewidth=1.5)
         scale_weights_remaining(axes, rows)
         axes.set_yticks([tick for tick in plt.MaxNLocator(7).tick_values(0, last) if tick <= last])
