@@ -846,7 +846,7 @@ def pixel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
 
 def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     """When each weight of the first convolution was pruned: a row per trial; pruned_at (trials, kernels, 1, 5, 5)."""
-    figure, (axes,) = new_figure(rows, "the first convolution's kernels", 1, (10, 1.4 + 1.5 * min(5, len(pruned_at))))
+    figure, (axes,) = new_figure(rows, "the first convolution's kernels", 1, (10, 1.4 + 1.33 * min(5, len(pruned_at))))
     last = max(row["level"] for row in rows)
     grid = torch.full((min(5, len(pruned_at)), pruned_at.shape[1], 6, 6), torch.nan)     # a gap after each 5x5 kernel
     grid[..., :5, :5] = pruned_at[:5, :, 0].float()
