@@ -15,7 +15,7 @@ SCRIPT = Path(lth_pruning.__file__)
 # A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
 REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
 # Only the machinery matters: 55 steps per network.
-TINY = ("TRIALS=2", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=1000", "EVAL_EVERY=30")
+TINY = ("TRIALS=2", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=1000", "EVAL_EVERY=55")
 
 
 def command(folder: Path, *arguments: str) -> list[str]:

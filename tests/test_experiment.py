@@ -255,7 +255,7 @@ def test_dense_networks_alone(tmp_path):
 
 
 def test_a_diverging_training_stops_at_once_with_one_sentence(tmp_path):
-    result = run_script(tmp_path, *TINY, "LEARNING_RATE=1e30", "CLIP_NORM=None")
+    result = run_script(tmp_path, *TINY, "EVAL_EVERY=30", "LEARNING_RATE=1e30", "CLIP_NORM=None")
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "diverged at level 0, step 30" in result.stderr
