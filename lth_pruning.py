@@ -837,7 +837,7 @@ def pixel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     levels = chosen_levels(rows)
     figure, panels = new_figure(rows, "mean share of first-layer weights left", len(levels), (3.6 * len(levels), 4.8))
     for level, axes in zip(levels, panels, strict=True):
-        share = 100 * ((pruned_at == 0) | (pruned_at > level)).float().mean((0, 2)).view(28, 28)
+        share = 100 * masks_at({"fc1.weight": pruned_at}, level)["fc1.weight"].mean((0, 2)).view(28, 28)
         sns.heatmap(share, ax=axes, square=True, cmap="rocket", vmin=0, xticklabels=False, yticklabels=False,
                     cbar_kws={"label": "weights left (%)", "location": "bottom"})
         axes.set(title=f"{remaining(rows)[level]:.1f} % remaining", xlabel="pixel column", ylabel="pixel row")
