@@ -97,8 +97,13 @@ def number(condition: Callable[[float], bool], words: str) -> tuple:
     return (float, int), lambda value: math.isfinite(value) and condition(value), f"a number {words}"
 
 
-def text(words: str) -> tuple:
+def string(words: str) -> tuple:
     return (str,), bool, words
+
+
+def or_none(rule: tuple) -> tuple:
+    types, condition, words = rule
+    return (*types, type(None)), lambda value: value is None or condition(value), f"{words}, or None"
 
 
 ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
@@ -114,19 +119,18 @@ RULES = {
     "PRUNE_RATE": number(lambda rate: 0 < rate < 1, "between 0 and 1"),
     "PRUNE_SCOPE": one_of("layer", "global"),
     "REWIND_STEP": whole_number(0),
-    "TICKETS_FROM": text("None, or the path of a tickets.pt"),
+    "TICKETS_FROM": or_none(string("the path of a tickets.pt")),
     "SEED": whole_number(0),
     "EPOCHS": whole_number(1),
     "BATCH_SIZE": whole_number(1, 60_000 - VALIDATION_SIZE),
     "LEARNING_RATE": number(lambda rate: rate > 0, "above 0"),
     "WEIGHT_DECAY": number(lambda decay: decay >= 0, "of at least 0"),
-    "CLIP_NORM": number(lambda norm: norm > 0, "above 0, or None"),
+    "CLIP_NORM": or_none(number(lambda norm: norm > 0, "above 0")),
     "EVAL_EVERY": whole_number(1),
-    "DATA_DIR": text("a folder's path"),
-    "RESULTS_DIR": text("a folder's path"),
-    "DEVICE": text("auto, cpu, cuda, cuda:1 and so on, or mps"),
+    "DATA_DIR": string("a folder's path"),
+    "RESULTS_DIR": string("a folder's path"),
+    "DEVICE": string("auto, cpu, cuda, cuda:1 and so on, or mps"),
 }
-MAY_BE_NONE = ("TICKETS_FROM", "CLIP_NORM")
 
 
 def constants() -> dict:
@@ -332,10 +336,11 @@ def prune_rates(network: nn.Sequential) -> dict[str, float]:
 
     Half of PRUNE_RATE in the output layer and in convolutions; a global scope compares all layers at one rate.
     """
-    gentle = {f"{name}.weight" for name, layer in weighted_layers(network).items()
-              if PRUNE_SCOPE == "layer" and (name == "output" or isinstance(layer, nn.Conv2d))}
-    return {f"{name}.weight": PRUNE_RATE / 2 if f"{name}.weight" in gentle else PRUNE_RATE
-            for name in weighted_layers(network)}
+    rates = {}
+    for name, layer in weighted_layers(network).items():
+        gentle = PRUNE_SCOPE == "layer" and (name == "output" or isinstance(layer, nn.Conv2d))
+        rates[f"{name}.weight"] = PRUNE_RATE / 2 if gentle else PRUNE_RATE
+    return rates
 
 
 def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -533,8 +538,8 @@ def checkpoint_path() -> Path:
 
 def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[tuple]) -> list[dict]:
     """A row per evaluation of each network of a level, by arm, trial and step."""
-    remaining = weights_remaining(masks)
-    return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, float(f"{remaining[net]:.6g}"), step,
+    left = weights_remaining(masks)
+    return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, float(f"{left[net]:.6g}"), step,
                                *(float(f"{measure[net]:.6g}") for measure in measures)), strict=True))
             for net, (arm, trial) in enumerate(itertools.product(arms, range(TRIALS)))
             for step, *measures in evaluations]
@@ -725,13 +730,14 @@ def summary(rows: list[dict], settings: dict, device: str) -> str:
         bounds = spread(np.minimum(steps, last), 0)
         return "not reached" if missed == steps.size else f"≥ {bounds}, {missed} not reached" if missed else bounds
 
+    intervals = [paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in rivals]
     table = [["level", "weights remaining"], ["---"] * (2 + 2 * len(arms) + len(rivals))]
     table[0] += [f"{arm}: test accuracy, %" for arm in arms] + [f"rewind - {arm}, points" for arm in rivals]
     table[0] += [f"{arm}: early-stop step" for arm in arms]
     for level, left in enumerate(remaining(rows)):
         cells = [f"{level}" if level else "0 (dense)", f"{left:.1f} %"]
         cells += [spread(final(rows, arm)[level], 2) for arm in arms]
-        for mean, half in (paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in rivals):
+        for mean, half in intervals:
             cells.append("" if level == 0 else f"{mean[level]:+.2f} ± {half[level]:.2f}".replace(" ± nan", ""))
         table.append(cells + [stop(early_stop(rows, arm)[level]) for arm in arms])
     lines = {"verdict": "\n".join(f"- {sentence}" for sentence in verdict(rows)),
@@ -937,8 +943,6 @@ def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
     for name, (types, condition, words) in RULES.items():
         value = globals()[name]
-        if value is None and name in MAY_BE_NONE:
-            continue
         if type(value) not in types or not condition(value):
             known = words.removeprefix("one of ").split(", ") if words.startswith("one of ") else []
             raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, known))
@@ -954,11 +958,13 @@ def check_constants() -> None:
         if given["MODEL"] != MODEL or given["TRIALS"] < TRIALS or given["LEVELS"] < LEVELS:
             raise UserError(f"{TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels of "
                             f"{given['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
-    left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(build_network(MODEL, 0)).items()}
+    network = build_network(MODEL, DROPOUT)
+    rates = prune_rates(network)
+    left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
     if PRUNE_SCOPE == "global":
         left = {"all layers": sum(left.values())}
     for level, name in itertools.product(range(1, LEVELS + 1), left):
-        gone = round(prune_rates(build_network(MODEL, 0)).get(name, PRUNE_RATE) * left[name])
+        gone = round(rates.get(name, PRUNE_RATE) * left[name])
         if not 0 < gone < left[name]:
             raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
                             f"{left[name]} weights left in {name} would be pruned.")
