@@ -152,11 +152,14 @@ def beside_script(path: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[IO], None]) -> None:
-    """Let `write` fill a file of a temporary name, then rename it: nobody ever sees half a file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write what `write` gives under a temporary name, then rename it: nobody ever sees half a file.
+
+    By way of memory: on a full disk torch.save would raise a RuntimeError of its own, this raises the OSError.
+    """
+    unfinished, content = path.with_name(f".{path.name}.{os.getpid()}"), io.BytesIO()
+    write(content)
     try:
-        with open(unfinished, "wb") as file:
-            write(file)
+        unfinished.write_bytes(content.getbuffer())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

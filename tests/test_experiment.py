@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,18 @@ def test_a_diverging_training_stops_at_once_with_one_sentence(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "diverged at level 0, step 30" in result.stderr
+
+
+def test_a_disk_that_is_full_ends_with_one_sentence(tmp_path):
+    """Files of at most a megabyte: the checkpoint does not fit."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    result = subprocess.run(command(tmp_path, *TINY, "LEVELS=0"), capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "File too large" in result.stderr and "nothing is lost" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_left_alone(lth, tmp_path):
