@@ -14,6 +14,7 @@ Measured with the defaults over 5 trials: dense networks end at 97.36 % test acc
 """
 
 import ast
+import contextlib
 import copy
 import csv
 import difflib
@@ -26,13 +27,22 @@ import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+if __name__ == "__main__":
+    STOPPED = "\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them."
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The imports below take seconds: until they are done, Ctrl-C ends the script where it is, later in good order.
+        signal.signal(signal.SIGINT, lambda *_: (print(STOPPED, file=sys.stderr), os._exit(130)))
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -43,8 +53,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                         # on Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------------------------
 # Constants: edit them here, or set them for one run as NAME=VALUE arguments
@@ -98,7 +113,7 @@ def number(condition: Callable[[float], bool], words: str) -> tuple:
 
 
 def string(words: str) -> tuple:
-    return (str,), bool, words
+    return (str,), lambda value: value and "\0" not in value, words
 
 
 def or_none(rule: tuple) -> tuple:
@@ -114,7 +129,7 @@ RULES = {
     "DROPOUT": number(lambda share: 0 <= share < 1, "from 0 to below 1"),
     "ARMS": ((tuple,), lambda arms: arms and all(arm in ALL_ARMS for arm in arms) and len(set(arms)) == len(arms),
              "a choice, each once, of " + ", ".join(ALL_ARMS)),
-    "TRIALS": whole_number(1),
+    "TRIALS": whole_number(1, 1_000),
     "LEVELS": whole_number(0, 255),   # tickets.pt holds them in 8 bits
     "PRUNE_RATE": number(lambda rate: 0 < rate < 1, "between 0 and 1"),
     "PRUNE_SCOPE": one_of("layer", "global"),
@@ -148,7 +163,7 @@ class UserError(ValueError):
 
 def beside_script(path: str) -> Path:
     """The path itself if absolute, else taken from the folder of this script."""
-    return Path(__file__).resolve().parent / Path(path).expanduser()
+    return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
 def write_whole(path: Path, write: Callable[[IO], None]) -> None:
@@ -159,10 +174,36 @@ def write_whole(path: Path, write: Callable[[IO], None]) -> None:
     unfinished, content = path.with_name(f".{path.name}.{os.getpid()}"), io.BytesIO()
     write(content)
     try:
-        unfinished.write_bytes(content.getbuffer())
+        with open(unfinished, "wb") as file:
+            file.write(content.getbuffer())
+            os.fsync(file.fileno())                         # on the disk before its name: power may fail, too
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a killed process may have left of writing this file."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def read_saved(path: Path) -> dict:
+    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors.
+
+    The sums inside are compared first: torch.load would take flipped bits for weights.
+    """
+    content = io.BytesIO(path.read_bytes())
+    if zipfile.ZipFile(content).testzip() is not None:
+        raise zipfile.BadZipFile("wrong sum")
+    content.seek(0)
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def unused(path: Path) -> Path:
+    """The path itself, or where it exists the first that does not with -2, -3 and so on behind it."""
+    numbered = (path.with_name(path.name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
 
 
 PURPOSES = ("init", "reinit", "shuffle", "split", "order", "dropout")
@@ -178,42 +219,52 @@ def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.
 # Data
 # ------------------------------------------------------------------------------------------------------------------
 
-UNPACKED_BYTES = {"train-images-idx3-ubyte": 16 + 60_000 * 784, "train-labels-idx1-ubyte": 8 + 60_000,
-                  "t10k-images-idx3-ubyte": 16 + 10_000 * 784, "t10k-labels-idx1-ubyte": 8 + 10_000}
+SHAPES = {"train-images-idx3-ubyte.gz": (60_000, 28, 28), "train-labels-idx1-ubyte.gz": (60_000,),
+          "t10k-images-idx3-ubyte.gz": (10_000, 28, 28), "t10k-labels-idx1-ubyte.gz": (10_000,)}
+
+
+def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
+    """The bytes in an IDX file: from its archive, or unpacked where there is no archive, or downloaded.
+
+    The archive has a sum to be checked by, and so comes first; one that fails is downloaded again. Files are never
+    unpacked, so that the folder may be read-only.
+    """
+    file, reason = archive.with_suffix(""), ""
+    if archive.exists() or not file.exists():
+        file = archive
+        for mirror in mirrors:                              # where the archive is sound, this does nothing
+            try:
+                download_url(mirror + archive.name, str(archive.parent), md5=md5)
+            except (OSError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[-1]
+        if not check_integrity(archive, md5):
+            raise UserError(f"{archive} is {'damaged' if archive.exists() else 'missing'} and could not be downloaded "
+                            f"({reason}): put the archive with the md5 sum {md5} there, or in its place the "
+                            "unpacked file, or set DATA_DIR.")
+    content, shape = file.read_bytes(), SHAPES[archive.name]
+    content = gzip.decompress(content) if file == archive else content
+    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()            # of unsigned bytes, and the dimensions
+    body = content[len(header):]
+    if not content.startswith(header) or len(body) != math.prod(shape) or ("labels" in file.name and max(body) > 9):
+        raise UserError(f"{file} is damaged, or not what its name says: {len(content)} bytes instead of "
+                        f"{len(header) + math.prod(shape)}, or others than it should hold. Put the right one there.")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 
 
 def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     """Images (n, 1, 28, 28), normalised once by the training images' mean and deviation, and labels (n,), on device.
 
     The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
-    Torchvision downloads what is missing, but takes any unpacked file for good. So each is first compared with its
-    archive, or in size where there is none, and unpacked again, or left to be downloaded, where it is damaged.
     """
-    source = getattr(torchvision.datasets, DATASET)
-    folder = beside_script(DATA_DIR)
-    raw = folder / DATASET / "raw"
-    try:
-        for name, md5 in source.resources:
-            archive, unpacked = raw / name, raw / name.removesuffix(".gz")
-            if check_integrity(archive, md5):
-                content = gzip.decompress(archive.read_bytes())
-                if not unpacked.exists() or unpacked.read_bytes() != content:
-                    write_whole(unpacked, lambda file, content=content: file.write(content))
-            elif unpacked.exists() and unpacked.stat().st_size != UNPACKED_BYTES[unpacked.name]:
-                unpacked.unlink()
-        parts = [source(folder, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        names = ", ".join(name for name, _ in source.resources)
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{DATASET} could be neither read nor downloaded ({reason}): "
-                        f"put its archives {names} into {raw}.") from None
-    (images, labels), (test_images, test_labels) = ((part.data, part.targets) for part in parts)
+    source = getattr(torchvision.datasets, DATASET)         # knows the sums and where to download
+    raw, md5 = beside_script(DATA_DIR) / DATASET / "raw", dict(source.resources)
+    images, labels, test_images, test_labels = (read_idx(raw / name, md5[name], source.mirrors) for name in SHAPES)
     order = torch.randperm(len(images), generator=generator("split"))
     rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
     deviation, mean = torch.std_mean(images[rest] / 255)
     splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
               "test": (test_images, test_labels)}
-    return {name: ((x.unsqueeze(1) / 255 - mean).div_(deviation).to(device), y.to(device))
+    return {name: ((x.unsqueeze(1) / 255 - mean).div_(deviation).to(device), y.long().to(device))
             for name, (x, y) in splits.items()}
 
 
@@ -282,12 +333,13 @@ def as_views(rows: Tensor, shapes: Weights) -> Weights:
 
 
 def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """A copy of a plain network, on the CPU, that holds a single network's weights."""
+    """A copy of a plain network, on the CPU, that holds a single network's weights. Raises RuntimeError if they differ.
+    """
+    plain = {name: tensor.flatten() if name.endswith(".bias") else tensor.T if tensor.ndim == 2 else tensor
+             for name, tensor in weights.items()}
     network = copy.deepcopy(network)
-    for name, layer in weighted_layers(network).items():
-        weight, bias = (weights[f"{name}.{part}"].detach().cpu() for part in ("weight", "bias"))
-        weight = weight.T if isinstance(layer, nn.Linear) else weight
-        layer.weight.data, layer.bias.data = weight.clone(memory_format=torch.contiguous_format), bias.flatten().clone()
+    network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                             for name, tensor in plain.items()}, assign=True)
     return network
 
 
@@ -397,7 +449,7 @@ def transfer(ticket: tuple[Weights, Masks], **_) -> tuple[Weights, Masks]:
     return rewind(*ticket)
 
 
-ARM_STARTS = dict(zip(ALL_ARMS, (rewind, reinit, shuffle, oneshot, transfer), strict=True))
+ARM_STARTS = dict(zip(("dense", *ALL_ARMS), (rewind, rewind, reinit, shuffle, oneshot, transfer), strict=True))
 
 
 def masks_at(pruned_at: Masks, level: int) -> Masks:
@@ -406,11 +458,20 @@ def masks_at(pruned_at: Masks, level: int) -> Masks:
 
 
 def load_tickets(path: str | Path) -> dict:
-    """What a tickets.pt holds: the run's constants, theta0, and for each prunable weight its level of pruning."""
+    """What a tickets.pt holds: the run's constants, theta0, and for each prunable weight its level of pruning.
+
+    Raises UserError unless it is whole, and what this script writes.
+    """
     try:
-        tickets = torch.load(beside_script(str(path)), weights_only=True)
-        return {name: tickets[name] for name in ("constants", "theta0", "pruned_at")}
-    except Exception as error:                              # a damaged file can fail to load in any way
+        tickets = read_saved(beside_script(str(path)))
+        settings, theta0, pruned_at = (tickets[name] for name in ("constants", "theta0", "pruned_at"))
+        network = build_network(settings["MODEL"], settings["DROPOUT"])
+        as_plain_network(network, pick(theta0, settings["TRIALS"] - 1))         # other names or shapes do not fit
+        expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
+        if {name: (levels.shape, levels.dtype) for name, levels in pruned_at.items()} != expected:
+            raise ValueError("theta0 and pruned_at do not belong together")
+        return tickets
+    except Exception as error:                              # a damaged or foreign file can fail in any way
         raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
                         "name the tickets.pt of a finished run.") from None
 
@@ -476,18 +537,19 @@ def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: T
     return loss / len(images), 100 * correct / len(images)
 
 
-def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], level: int, steps: int,
-          bar: tqdm) -> tuple[Weights, list[tuple]]:
+def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], arms: tuple[str, ...], level: int,
+          steps: int, bar: tqdm) -> tuple[Weights, list[tuple]]:
     """Train a stack of networks, arm after arm of TRIALS each; the trials of all arms see the same batches.
 
     Pruned weights stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh
     AdamW zero gradients leave zero moments, which decoupled decay leaves alone.
     Returns the trained weights, and for each evaluation (step, train_loss, val_loss, val_accuracy, test_accuracy),
     all but the step (nets,) on the CPU; train_loss is the mean over the batches since the evaluation before.
+    Raises UserError at the first evaluation after a loss that is not finite.
     """
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
-    nets = len(weights["output.bias"])
+    nets = len(arms) * TRIALS
     parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
@@ -516,9 +578,12 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
             val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
             _, test_accuracy = evaluate(network, weights, *data["test"])
             evaluations.append((step, *(x.cpu() for x in (train_loss / since, val_loss, val_accuracy, test_accuracy))))
-            if not (train_loss + val_loss).isfinite().all():
-                raise UserError(f"training diverged at level {level}, step {step}: "
-                                f"try a LEARNING_RATE below {LEARNING_RATE}.")
+            finite = (train_loss + val_loss).isfinite().tolist()
+            if not all(finite):
+                arm, trial = divmod(finite.index(False), TRIALS)
+                raise UserError(f"training diverged: the loss of {arms[arm]}, trial {trial}, at level {level} was not "
+                                f"finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
+                                f"{LEARNING_RATE}.")
             train_loss, since = torch.zeros_like(train_loss), 0
         bar.update(nets)
     return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
@@ -532,10 +597,17 @@ COLUMNS = ("dataset", "model", "arm", "trial", "level", "weights_remaining", "st
            "train_loss", "val_loss", "val_accuracy", "test_accuracy")
 
 
+def experiment() -> dict:
+    """The constants that the numbers depend on: where the files lie, and what computes, is no part of an experiment."""
+    return {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR", "DEVICE")}
+
+
 def checkpoint_path() -> Path:
-    """Where an unfinished run with just these constants keeps its state; where files lie is not part of a run."""
-    names = {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR")}
-    digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+    """Where an unfinished run keeps its state: each experiment has a file of its own."""
+    settings = experiment()
+    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
+        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return beside_script(RESULTS_DIR) / f"checkpoint-{digest[:12]}.pt"
 
 
@@ -548,52 +620,57 @@ def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[t
             for step, *measures in evaluations]
 
 
-def start_arms(state: dict, tickets: Masks, level: int) -> tuple[Weights, Masks]:
-    """The stack that a level starts from: every arm's networks, one per trial."""
-    given = load_tickets(TICKETS_FROM) if TICKETS_FROM else None
+def load_state(checkpoint: Path) -> dict:
+    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside.
+
+    It holds the run's name, the level that was finished last, rows, theta0, pruned_at, the trained dense networks and
+    the rewind networks as they were trained last.
+    """
+    theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
+    never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
+    new = {"run": checkpoint.name, "level": -1, "rows": [], "theta0": theta0, "pruned_at": never,
+           "dense": {}, "trained": {}}
+    if not checkpoint.exists():
+        return new
+    try:
+        state = read_saved(checkpoint)
+        if state.keys() != new.keys() or state["run"] != checkpoint.name:
+            raise ValueError("not the state of this run")
+    except OSError:
+        raise
+    except Exception:                                       # a damaged file can fail in any way
+        aside = unused(checkpoint.with_suffix(".damaged"))
+        checkpoint.rename(aside)
+        print(f"{checkpoint} was damaged and is now called {aside.name}: this run starts afresh", flush=True)
+        return new
+    print(f"resuming after level {state['level']} of {LEVELS}, kept in {checkpoint}", flush=True)
+    return state
+
+
+def prune_tickets(state: dict, level: int) -> Masks:
+    """The level at which each weight was pruned, with this level's: the rewind networks as trained the level before."""
+    before = masks_at(state["pruned_at"], level - 1)
+    left = prune(state["trained"], before, prune_rates(build_network(MODEL, DROPOUT)), PRUNE_SCOPE)
+    return {name: levels.masked_fill(before[name] > left[name], level) for name, levels in state["pruned_at"].items()}
+
+
+def start_arms(state: dict, arms: tuple[str, ...], tickets: Masks, given: dict | None,
+               level: int) -> tuple[Weights, Masks]:
+    """The stack that a level starts from: every arm's networks, one per trial. `given`: tickets found elsewhere."""
     starts = [ARM_STARTS[arm](
         theta0=pick(state["theta0"], trial), masks=pick(tickets, trial), dense=pick(state["dense"], trial),
         random=generator(arm, trial, level) if arm in PURPOSES else None,
         ticket=given and (pick(given["theta0"], trial), masks_at(pick(given["pruned_at"], trial), level)))
-        for arm, trial in itertools.product(ARMS, range(TRIALS))]
+        for arm, trial in itertools.product(arms, range(TRIALS))]
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
 
-def start_level(state: dict, level: int) -> tuple[tuple[str, ...], Weights, Masks]:
-    """A level's arms, and their weights and masks: the dense networks, or all arms on newly pruned masks.
-
-    The masks come from the rewind networks trained at the level before, and are noted in the state's pruned_at.
-    """
-    if level == 0:
-        return ("dense",), state["theta0"], full_masks(state["theta0"])
-    rates = prune_rates(build_network(MODEL, DROPOUT))
-    tickets = prune(state["trained"], masks_at(state["pruned_at"], level), rates, PRUNE_SCOPE)
-    for name, mask in tickets.items():
-        state["pruned_at"][name][(mask == 0) & (state["pruned_at"][name] == 0)] = level
-    return ARMS, *start_arms(state, tickets, level)
-
-
-def load_state(checkpoint: Path) -> dict:
-    """The state of an unfinished run from its checkpoint, or that of a new one."""
-    if checkpoint.exists():
-        try:
-            state = torch.load(checkpoint, weights_only=True)
-            print(f"resuming after level {state['level']} of {LEVELS}", flush=True)
-            return state
-        except Exception:                                   # a damaged file can fail to load in any way
-            raise UserError(f"{checkpoint} cannot be read: move it away to start this run afresh.") from None
-    theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
-    never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
-    return {"level": -1, "rows": [], "theta0": theta0, "pruned_at": never}
-
-
-def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> dict:
+def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: torch.device, checkpoint: Path) -> None:
     """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
 
-    The iterative strategy of the paper's section 2. Returns, and saves after each level, the whole state:
-    level (the last one finished), rows, theta0, pruned_at, dense and trained (the rewind arm's newest weights).
+    The iterative strategy of the paper's section 2. The state is brought up to date, and saved, after each level.
     """
-    state, steps = load_state(checkpoint_path()), EPOCHS * steps_per_epoch()
+    steps, given = EPOCHS * steps_per_epoch(), load_tickets(TICKETS_FROM) if TICKETS_FROM else None
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
     work = [TRIALS * (steps + REWIND_STEP)] + LEVELS * [TRIALS * len(ARMS) * steps]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
@@ -602,34 +679,36 @@ def run_experiment(data: dict[str, tuple[Tensor, Tensor]], device: torch.device)
     with tqdm(total=sum(work), initial=before, smoothing=0, disable=None, leave=False,
               bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left") as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
-            arms, weights, masks = start_level(state, level)
+            arms = ARMS if level else ("dense",)
+            pruned_at = prune_tickets(state, level) if level else state["pruned_at"]
+            weights, masks = start_arms(state, arms, masks_at(pruned_at, level), given, level)
             weights, masks = ({name: t.to(device) for name, t in tensors.items()} for tensors in (weights, masks))
-            trained, evaluations = train(weights, masks, data, level, steps, bar)
-            first = 0 if level == 0 else arms.index("rewind") * TRIALS
-            state["trained"] = {name: tensor[first:first + TRIALS].clone().cpu() for name, tensor in trained.items()}
+            trained, evaluations = train(weights, masks, data, arms, level, steps, bar)
+            first = TRIALS * arms.index("rewind" if level else "dense")
+            trained = {name: tensor[first:first + TRIALS].clone().cpu() for name, tensor in trained.items()}
+            new = {"level": level, "rows": state["rows"] + records(level, arms, masks, evaluations),
+                   "pruned_at": pruned_at, "trained": trained}
             if level == 0:
-                state["dense"] = state["trained"]
+                new["dense"] = trained
                 if REWIND_STEP:                             # the same first steps again: the weights to rewind to
-                    early, _ = train(weights, masks, data, level, REWIND_STEP, bar)
-                    state["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
-            state["rows"] += records(level, arms, masks, evaluations)
-            state["level"] = level
-            write_whole(checkpoint_path(), functools.partial(torch.save, state))
+                    early, _ = train(weights, masks, data, arms, level, REWIND_STEP, bar)
+                    new["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
+            write_whole(checkpoint, functools.partial(torch.save, state | new))
+            state.update(new)                               # at once: whatever ends the run finds whole levels
 
             left = (time.monotonic() - begun) * sum(work[level + 1:]) / (sum(work[:level + 1]) - before)
             accuracy = evaluations[-1][-1].view(len(arms), TRIALS).mean(1).tolist() * (len(columns) // len(arms))
             with tqdm.external_write_mode():
                 print(f"{level:5}{weights_remaining(masks)[first]:18.1f} %" + "".join(f"{x:9.2f} %" for x in accuracy)
                       + f"{left / 60:8.1f} min", flush=True)
-    return state
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Results: tables and figures read the records and nothing else
 # ------------------------------------------------------------------------------------------------------------------
 
-FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
-           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png")
+OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
+           "learning_curves.png", "mask_plot.png", "tickets.pt", "metrics.csv", "summary.md")
 COLOURS = {"dense": "0.35"} | dict(zip(ALL_ARMS, sns.color_palette("colorblind"), strict=False))
 MARKERS = dict(zip(("dense", *ALL_ARMS), "Pos^Dv", strict=True))
 
@@ -743,13 +822,16 @@ def summary(rows: list[dict], settings: dict, device: str) -> str:
         for mean, half in intervals:
             cells.append("" if level == 0 else f"{mean[level]:+.2f} ± {half[level]:.2f}".replace(" ± nan", ""))
         table.append(cells + [stop(early_stop(rows, arm)[level]) for arm in arms])
-    lines = {"verdict": "\n".join(f"- {sentence}" for sentence in verdict(rows)),
+    finished = max(row["level"] for row in rows)
+    unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
+    lines = {"unfinished": unfinished if finished < settings["LEVELS"] else "",
+             "verdict": "\n".join(f"- {sentence}" for sentence in verdict(rows)),
              "table": "\n".join(f"| {' | '.join(cells)} |" for cells in table),
              "constants": "\n".join(f"{name} = {value!r}" for name, value in settings.items()),
              "versions": ", ".join(f"{library.__name__} {library.__version__}"
                                    for library in (torch, torchvision, np, matplotlib, sns))}
     return f"""# {rows[0]["dataset"]}, {rows[0]["model"]}: {", ".join(arms)}
-
+{lines["unfinished"]}
 {lines["verdict"]}
 
 Accuracies are those after the last step, {last}: mean (lowest to highest) over the trials. Differences are paired by
@@ -844,12 +926,13 @@ def learning_curves(rows: list[dict]) -> plt.Figure:
 def pixel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     """Share of each input pixel's first-layer weights that survive, mean over trials; pruned_at (trials, 784, 300)."""
     levels = chosen_levels(rows)
-    figure, panels = new_figure(rows, "mean share of first-layer weights left", len(levels), (3.6 * len(levels), 4.8))
+    figure, panels = new_figure(rows, "mean share of first-layer weights left", len(levels), (3.6 * len(levels), 5.4))
     for level, axes in zip(levels, panels, strict=True):
-        share = 100 * masks_at({"fc1.weight": pruned_at}, level)["fc1.weight"].mean((0, 2)).view(28, 28)
-        sns.heatmap(share, ax=axes, square=True, cmap="rocket", vmin=0, xticklabels=False, yticklabels=False,
-                    cbar_kws={"label": "weights left (%)", "location": "bottom"})
-        axes.set(title=f"{remaining(rows)[level]:.1f} % remaining", xlabel="pixel column", ylabel="pixel row")
+        share = 100 * masks_at({"fc1.weight": pruned_at}, level)["fc1.weight"].mean((0, 2)).view(28, 28).numpy()
+        image = axes.imshow(share, cmap="rocket", vmin=0)
+        figure.colorbar(image, ax=axes, location="bottom", label="weights left (%)")
+        axes.set(title=f"{remaining(rows)[level]:.1f} % remaining", xlabel="pixel column", ylabel="pixel row",
+                 xticks=[], yticks=[])
     return figure
 
 
@@ -859,15 +942,15 @@ def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     last = max(row["level"] for row in rows)
     grid = torch.full((min(5, len(pruned_at)), pruned_at.shape[1], 6, 6), torch.nan)     # a gap after each 5x5 kernel
     grid[..., :5, :5] = pruned_at[:5, :, 0].float()
-    grid = grid.masked_fill(grid == 0, last + 1).transpose(1, 2).flatten(0, 1).flatten(1)
+    grid = grid.masked_fill((grid == 0) | (grid > last), last + 1).transpose(1, 2).flatten(0, 1).flatten(1)
+    image = axes.imshow(grid[:-1, :-1].numpy(), cmap="viridis", vmin=1, vmax=last + 1)
     ticks = sorted({1, (last + 1) // 2, last})
-    sns.heatmap(grid[:-1, :-1], ax=axes, square=True, cmap="viridis", vmin=1, vmax=last + 1,
-                cbar_kws={"label": "level at which the weight was pruned", "ticks": [*ticks, last + 1]})
-    figure.axes[1].set_yticklabels([*ticks, "survived"])
+    bar = figure.colorbar(image, ax=axes, label="level at which the weight was pruned")
+    bar.set_ticks([*ticks, last + 1], labels=[*ticks, "survived"])
     axes.grid(False)
     axes.set(xlabel="kernel", ylabel="trial")
-    axes.set_xticks([6 * n + 2.5 for n in range(pruned_at.shape[1])], range(1, pruned_at.shape[1] + 1))
-    axes.set_yticks([6 * n + 2.5 for n in range(len(grid) // 6)], range(len(grid) // 6), rotation=0)
+    axes.set_xticks([6 * n + 2 for n in range(pruned_at.shape[1])], range(1, pruned_at.shape[1] + 1))
+    axes.set_yticks([6 * n + 2 for n in range(len(grid) // 6)], range(len(grid) // 6))
     return figure
 
 
@@ -885,29 +968,55 @@ def draw_figures(rows: list[dict], pruned_at: Masks) -> dict[str, plt.Figure]:
     return figures
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait while another process writes results to the folder; a lock that even a killed process gives back."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):                  # a network folder may know no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def make_room(folder: Path, metrics: bytes) -> None:
+    """Move the results of another run, with other constants or other numbers, to previous/<time>/ in the folder."""
+    there = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    numbers, words = (path.read_bytes() if path.exists() else b"" for path in (folder / name for name in OUTPUTS[-2:]))
+    ours = all(f"\n{name} = {value!r}\n".encode() in words for name, value in experiment().items())
+    if there and not (ours and metrics.startswith(numbers)):        # of this run there may be fewer levels
+        previous = unused(folder / "previous" / time.strftime("%Y-%m-%dT%H-%M-%S"))
+        previous.mkdir(parents=True)
+        for path in there:                                          # summary.md last: it tells whose the results are
+            path.rename(previous / path.name)
+        print(f"the results of an earlier run are now in {previous}", flush=True)
+
+
 def write_results(state: dict, folder: Path, device: torch.device) -> None:
-    """Write the records, the summary, the tickets and the figures; another run's results move to a folder earlier-N."""
+    """Write summary, records and figures of the finished levels, and after the last one the tickets."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(state["rows"])
-    metrics = folder / "metrics.csv"
-    if metrics.exists() and metrics.read_text() != text.getvalue():
-        earlier = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
-        earlier.mkdir()
-        for name in ("metrics.csv", "summary.md", "tickets.pt", *FIGURES):
-            if (folder / name).exists():
-                (folder / name).rename(earlier / name)
-        print(f"another run's results have moved to {earlier}")
-    matplotlib.use("Agg")                                   # files only: no window, no display needed
-    for name, figure in draw_figures(state["rows"], state["pruned_at"]).items():
-        write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
-        plt.close(figure)
-    tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
-    write_whole(folder / "tickets.pt", functools.partial(torch.save, tickets))
-    words = summary(state["rows"], constants(), str(device))
-    for name, content in {"summary.md": words, "metrics.csv": text.getvalue()}.items():
-        write_whole(folder / name, lambda file, content=content: file.write(content.encode()))
+    contents = {"summary.md": summary(state["rows"], constants(), str(device)).encode(),
+                "metrics.csv": text.getvalue().encode()}
+    with one_at_a_time(folder):
+        make_room(folder, contents["metrics.csv"])
+        for name, content in contents.items():
+            write_whole(folder / name, lambda file, content=content: file.write(content))
+        matplotlib.use("Agg")                               # files only: no window, no display needed
+        for name, figure in draw_figures(state["rows"], state["pruned_at"]).items():
+            write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
+            plt.close(figure)
+        if state["level"] == LEVELS:
+            tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
+            write_whole(folder / "tickets.pt", functools.partial(torch.save, tickets))
+        for name in OUTPUTS:
+            remove_unfinished(folder / name)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -926,7 +1035,7 @@ def read_arguments(arguments: list[str]) -> dict:
     values = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if not equals:
+        if not (name and equals):
             raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
         if name not in RULES:
             raise UserError(f"there is no constant {name}" + nearest(name, list(RULES)))
@@ -957,10 +1066,12 @@ def check_constants() -> None:
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
     if TICKETS_FROM is not None:
+        if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
+            raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
         given = load_tickets(TICKETS_FROM)["constants"]
         if given["MODEL"] != MODEL or given["TRIALS"] < TRIALS or given["LEVELS"] < LEVELS:
-            raise UserError(f"{TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels of "
-                            f"{given['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
+            raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels "
+                            f"of {given['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
     network = build_network(MODEL, DROPOUT)
     rates = prune_rates(network)
     left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
@@ -980,8 +1091,10 @@ def choose_device() -> torch.device:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        torch.zeros(1, device=DEVICE)
-        return torch.device(DEVICE)
+        device = torch.zeros(1, device=DEVICE).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of the kinds that this script knows")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
                         "DEVICE=auto takes what there is.") from None
@@ -994,7 +1107,7 @@ def prepare_results_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"the results folder {folder} cannot be written to ({error.strerror}): "
+        raise UserError(f"the results folder {folder} cannot be written to ({error}): "
                         "choose another RESULTS_DIR.") from None
     return folder
 
@@ -1006,24 +1119,37 @@ def main(arguments: list[str]) -> None:
         return
     globals().update(read_arguments(arguments))
     check_constants()
-    folder, device = prepare_results_folder(), choose_device()
+    folder, device, checkpoint = prepare_results_folder(), choose_device(), checkpoint_path()
     torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
-    data = load_dataset(device)
     try:
-        state = run_experiment(data, device)
-        write_results(state, folder, device)
+        data, state = load_dataset(device), load_state(checkpoint)
+        try:
+            run_experiment(state, data, device, checkpoint)
+        finally:                        # whatever ends the run: of the finished levels there are results
+            if state["rows"]:
+                write_results(state, folder, device)
+        checkpoint.unlink(missing_ok=True)
+        remove_unfinished(checkpoint)
     except OSError as error:
-        raise UserError(f"{error}: nothing is lost; mend that, and the same command resumes.") from None
-    checkpoint_path().unlink()
+        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc", str(error), re.I):
+            raise
+        raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
+                        "Finished levels are kept.") from None
     print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # so do clusters that want their machine back
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"lth_pruning: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nlth_pruning: stopped; the same command resumes after the last finished level.", file=sys.stderr)
-        sys.exit(130)
+        print(STOPPED, file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)                   # nothing is left to do, and PyTorch would take another second to unload

@@ -54,7 +54,7 @@ def train_stack(data: dict, device: torch.device) -> float:
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
     masks = lth.full_masks(weights)
     start = time.perf_counter()
-    lth.train(weights, masks, data, level=1, steps=STEPS, bar=tqdm(disable=True))
+    lth.train(weights, masks, data, ("rewind", "reinit"), level=1, steps=STEPS, bar=tqdm(disable=True))
     synchronize(device)
     return (time.perf_counter() - start) / STEPS / nets
 

@@ -12,6 +12,8 @@ import lth_pruning
 
 SCRIPT = Path(lth_pruning.__file__)
 
+DEFAULTS = lth_pruning.constants()
+
 # A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
 REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
 # Only the machinery matters: 55 steps per network.
@@ -26,6 +28,12 @@ def command(folder: Path, *arguments: str) -> list[str]:
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run the script as a user does, to its end."""
     return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=240)
+
+
+def run_here(lth, folder: Path, *arguments: str) -> None:
+    """Run the script's main in this process: it saves the seconds that a new one takes for its imports."""
+    lth.use(**DEFAULTS)
+    lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -44,9 +52,9 @@ def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
 
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `use` to give constants values for this test alone."""
+    """The script as a module, and `use` to give constants values for this test alone; all are restored after it."""
     lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
-    lth_pruning.use(DEVICE="cpu")
+    lth_pruning.use(**DEFAULTS | {"DEVICE": "cpu"})
     return lth_pruning
 
 

@@ -1,5 +1,6 @@
-"""The data: split, normalisation, and archives that are damaged or missing."""
+"""The data: split, normalisation, and archives and files that are damaged, missing or not what they should be."""
 
+import gzip
 import shutil
 
 import numpy as np
@@ -8,99 +9,152 @@ import torch
 import torchvision
 from conftest import SCRIPT, TINY, run_script
 
-RAW = SCRIPT.parent / "data" / "MNIST" / "raw"
+ARCHIVES = SCRIPT.parent / "data" / "MNIST" / "raw"
 
 
 @pytest.fixture
-def archives(tmp_path, lth):
-    """A data folder of the test's own with MNIST's four archives, not unpacked."""
+def raw(tmp_path, lth):
+    """A data folder of the test's own with MNIST's four archives."""
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for archive in RAW.glob("*.gz"):
+    for archive in ARCHIVES.glob("*.gz"):
         shutil.copy(archive, raw)
     lth.use(DATA_DIR=str(tmp_path / "data"))
     return raw
 
 
-def test_split_and_normalisation(lth, mnist):
+@pytest.fixture
+def no_network(lth, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(lth, "download_url", fail)
+
+
+def unpack(raw):
+    """Leave the files of the archives, without the archives."""
+    for archive in raw.glob("*.gz"):
+        archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
+        archive.unlink()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """MNIST as torchvision reads it: (training part, test part)."""
+    root = tmp_path_factory.mktemp("torchvision")
+    shutil.copytree(ARCHIVES, root / "MNIST" / "raw")
+    return [torchvision.datasets.MNIST(root, train=train, download=True) for train in (True, False)]
+
+
+def test_split_and_normalisation(mnist, source):
     sizes = {name: (len(images), len(labels)) for name, (images, labels) in mnist.items()}
     assert sizes == {"train": (55_000, 55_000), "validation": (5_000, 5_000), "test": (10_000, 10_000)}
     images = mnist["train"][0].numpy().astype(np.float64)
     assert abs(images.mean()) < 1e-4
     assert abs(images.std() - 1) < 1e-4
-    source = torchvision.datasets.MNIST(SCRIPT.parent / "data", train=False)
-    pixels, values = source.data.double().flatten(), mnist["test"][0].double().flatten()
+    pixels, values = source[1].data.double().flatten(), mnist["test"][0].double().flatten()
     slope, offset = np.polyfit(values[:50_000], pixels[:50_000], 1)         # one affine map undoes it for all images
     torch.testing.assert_close(values * slope + offset, pixels, atol=1e-3, rtol=0)
-    assert torch.equal(mnist["test"][1], source.targets)
+    assert torch.equal(mnist["test"][1], source[1].targets)
 
 
-def test_training_and_validation_images_part_the_60000(mnist):
-    source = torchvision.datasets.MNIST(SCRIPT.parent / "data", train=True)
+def test_training_and_validation_images_part_the_60000(mnist, source):
     together = torch.cat([mnist["train"][1], mnist["validation"][1]])
-    assert torch.equal(together.bincount(), source.targets.bincount())
+    assert torch.equal(together.bincount(), source[0].targets.bincount())
     # Every image's sum of pixels is found again just as often: none is in both parts, none is lost.
     sums = torch.cat([mnist["train"][0], mnist["validation"][0]]).flatten(1).sum(1)
-    ranks, original = sums.sort().values, source.data.flatten(1).sum(1).float().sort().values
+    ranks, original = sums.sort().values, source[0].data.flatten(1).sum(1).float().sort().values
     assert np.corrcoef(ranks.numpy(), original.numpy())[0, 1] > 0.9999999
 
 
-@pytest.mark.parametrize("damage", ["half", "bits", "none"])
-def test_damaged_files_are_repaired_from_the_archive(lth, archives, mnist, damage):
-    if damage != "none":
-        lth.load_dataset(torch.device("cpu"))
-        unpacked = archives / "train-images-idx3-ubyte"
-        content = bytearray(unpacked.read_bytes())
-        if damage == "bits":
-            content[1_000_000] ^= 255
-        unpacked.write_bytes(content[:len(content) // 2] if damage == "half" else content)
+def test_archives_count_whatever_lies_beside_them_and_the_folder_is_left_alone(lth, raw, no_network, mnist):
+    """A damaged unpacked file beside its sound archive does no harm; a read-only folder would do."""
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"half a file")
+    before = {path: path.read_bytes() for path in raw.iterdir()}
     data = lth.load_dataset(torch.device("cpu"))
-    assert all(torch.equal(data[name][0], mnist[name][0]) for name in mnist)
+    assert all(torch.equal(data[name][part], mnist[name][part]) for name in mnist for part in (0, 1))
+    assert {path: path.read_bytes() for path in raw.iterdir()} == before
 
 
-def no_network(*_args, **_kwargs):
-    raise RuntimeError("no network")
-
-
-@pytest.mark.parametrize("damage", ["missing", "archive", "half without archive"])
-def test_without_archive_and_network_one_sentence_says_what_to_do(lth, archives, monkeypatch, damage):
-    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", no_network)
-    archive = archives / "t10k-images-idx3-ubyte.gz"
-    if damage == "half without archive":
-        (archives / "t10k-images-idx3-ubyte").write_bytes(b"\0" * 1000)
-    if damage == "archive":
-        archive.write_bytes(archive.read_bytes()[:100_000])
-    else:
-        archive.unlink()
-    with pytest.raises(lth.UserError, match=r"t10k-images-idx3-ubyte\.gz") as caught:
-        lth.load_dataset(torch.device("cpu"))
-    assert str(archives) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_unpacked_files_alone_will_do(lth, archives, mnist):
-    lth.load_dataset(torch.device("cpu"))
-    for archive in archives.glob("*.gz"):
-        archive.unlink()
+def test_unpacked_files_alone_will_do(lth, raw, no_network, mnist):
+    unpack(raw)
     assert torch.equal(lth.load_dataset(torch.device("cpu"))["train"][0], mnist["train"][0])
 
 
-def test_another_dataset_is_read_by_its_name(lth, archives, mnist):
+def swap(content, place):
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1:]
+
+
+@pytest.mark.parametrize(("damage", "word"), [
+    (lambda content: content[:100_000], "damaged"), (lambda content: swap(content, 500_000), "damaged"),
+    (lambda content: b"", "damaged"), (None, "missing")], ids=["half", "bits", "empty", "missing"])
+def test_an_archive_that_fails_its_sum_is_refused(lth, raw, no_network, damage, word):
+    """And is not replaced by an unpacked file, whose sum nobody knows."""
+    archive = raw / "t10k-images-idx3-ubyte.gz"
+    content = archive.read_bytes()
+    if damage is None:
+        archive.unlink()
+    else:
+        archive.with_suffix("").write_bytes(gzip.decompress(content))
+        archive.write_bytes(damage(content))
+    with pytest.raises(lth.UserError) as caught:
+        lth.load_dataset(torch.device("cpu"))
+    assert str(caught.value).startswith(f"{archive} is {word} and could not be downloaded (no network)")
+    assert "9fb629c4189551a2d022fa330f9573f3" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_damaged_or_missing_archive_is_downloaded(lth, raw, monkeypatch, mnist, there):
+    """By torchvision, from the first mirror that has it."""
+    archive, asked = raw / "train-images-idx3-ubyte.gz", []
+    sound = archive.read_bytes()
+    archive.write_bytes(sound[:1000]) if there else archive.unlink()
+
+    def download(url, root, md5):
+        asked.append(url)
+        if len(asked) == 2:
+            (raw / url.rpartition("/")[2]).write_bytes(sound)
+        elif not lth.check_integrity(raw / url.rpartition("/")[2], md5):
+            raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(lth, "download_url", download)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://one/", "http://two/"])
+    assert torch.equal(lth.load_dataset(torch.device("cpu"))["train"][0], mnist["train"][0])
+    assert asked[:2] == ["http://one/train-images-idx3-ubyte.gz", "http://two/train-images-idx3-ubyte.gz"]
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("train-images-idx3-ubyte", lambda content: content[:1_000_000]),
+    ("train-images-idx3-ubyte", lambda content: content + b"\0"),
+    ("train-labels-idx1-ubyte", lambda content: content[:-1]),
+    ("train-labels-idx1-ubyte", lambda content: content[:4] + (59_999).to_bytes(4, "big") + content[8:-1]),
+    ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
+    ("t10k-labels-idx1-ubyte", lambda content: b""),
+    ("t10k-images-idx3-ubyte", lambda content: swap(content, 3))],
+    ids=["half", "longer", "label short", "labels 59999", "label 10", "empty", "header"])
+def test_an_unpacked_file_of_another_length_or_content_is_refused(lth, raw, no_network, name, damage):
+    unpack(raw)
+    (raw / name).write_bytes(damage((raw / name).read_bytes()))
+    with pytest.raises(lth.UserError) as caught:
+        lth.load_dataset(torch.device("cpu"))
+    assert str(caught.value).startswith(f"{raw / name} is damaged")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_dataset_is_read_by_its_name(lth, raw, no_network, mnist):
     """Fashion-MNIST and KMNIST come in files of the same names and sizes: MNIST's own stand in for them here."""
-    lth.load_dataset(torch.device("cpu"))
+    unpack(raw)
     for name in ("FashionMNIST", "KMNIST"):
-        raw = archives.parents[1] / name / "raw"
-        raw.mkdir(parents=True)
-        for unpacked in archives.glob("*-ubyte"):
-            shutil.copy(unpacked, raw)
+        shutil.copytree(raw, raw.parents[1] / name / "raw")
         lth.use(DATASET=name)
         assert torch.equal(lth.load_dataset(torch.device("cpu"))["test"][0], mnist["test"][0])
 
 
-def test_the_script_ends_with_code_2_where_there_is_no_data(tmp_path):
-    (tmp_path / "data").write_text("not a folder")
-    result = run_script(tmp_path, *TINY, f"DATA_DIR={tmp_path / 'data'}")
+def test_the_script_ends_with_code_2_where_data_cannot_be_read(tmp_path):
+    """An archive that is a folder stands in for one without permission, which the tests' user may have anyway."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    (raw / "train-images-idx3-ubyte.gz").mkdir(parents=True)
+    result = run_script(tmp_path / "results", *TINY, f"DATA_DIR={tmp_path / 'data'}")
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "put its archives" in result.stderr
+    assert "train-images-idx3-ubyte.gz is damaged and could not be downloaded" in result.stderr

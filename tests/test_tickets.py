@@ -148,14 +148,15 @@ def test_training_leaves_theta0_and_pruned_weights_alone(lth, some_mnist):
     start = lth.masked(weights, masks)
     before = {name: tensor.clone() for name, tensor in start.items()}
     data = {name: (images.float(), labels) for name, (images, labels) in some_mnist.items()}
-    trained, _ = lth.train(start, masks, data, level=1, steps=30, bar=BAR)
+    trained, _ = lth.train(start, masks, data, ("rewind",), level=1, steps=30, bar=BAR)
     for name, tensor in trained.items():
         assert torch.equal(start[name], before[name])
         assert not torch.equal(tensor, before[name])
         if name in masks:
             assert not tensor[masks[name] == 0].any()
             assert (tensor[masks[name] == 1] != 0).all()
-    again, _ = lth.train(start, masks, data, level=1, steps=30, bar=BAR)        # nothing is carried over to the next
+    # Nothing is carried over to the next training.
+    again, _ = lth.train(start, masks, data, ("rewind",), level=1, steps=30, bar=BAR)
     assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
 
 

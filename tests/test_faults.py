@@ -1,0 +1,376 @@
+"""Nothing lost, nothing wrong: whatever ends a run, finished levels are kept, and the numbers after a fault are the
+numbers without it."""
+
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPT, TINY, accuracies, command, read_metrics, run_here
+
+LONGER = (*TINY, "TRIALS=1", "LEVELS=5", "PRUNE_RATE=0.4")
+PARTIAL = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
+           "learning_curves.png", "mask_plot.png", "metrics.csv", "summary.md"}
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder, all checkpoints under one name."""
+    return {re.sub(r"checkpoint-[0-9a-f]{12}", "checkpoint", path.name) for path in folder.iterdir()}
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(command(folder, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def uninterrupted(lth, longer_run):
+    """The metrics of a run that nothing interrupts."""
+    if not longer_run.exists():
+        run_here(lth, longer_run, *LONGER)
+    return (longer_run / "metrics.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def longer_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("uninterrupted") / "results"
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(uninterrupted, lth, tmp_path, capsys):
+    """SIGKILL leaves no time to tidy up. It comes while a run works, saves, or draws its figures."""
+    finished, kills = [], 0
+    while kills < 4:
+        process = start(tmp_path, *LONGER)
+        line = process.stdout.readline()                                        # "resuming", or the table's head
+        finished += re.findall(r"resuming after level (\d) of 5", line)
+        try:
+            process.wait(random.uniform(0, 3))
+            break                                                               # it was through before
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills
+    run_here(lth, tmp_path, *LONGER)
+    finished += re.findall(r"resuming after level (\d) of 5", capsys.readouterr().out)
+    assert finished == sorted(finished)                                         # nothing is done again
+    assert (tmp_path / "metrics.csv").read_bytes() == uninterrupted
+    assert names(tmp_path) == PARTIAL | {"tickets.pt"}
+
+
+def test_a_stopped_run_shows_its_finished_levels_and_resumes(uninterrupted, lth, tmp_path, capsys):
+    """Stopped twice: by Ctrl-C, and as clusters do it."""
+    before = -1
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        process = start(tmp_path, *LONGER)
+        output = [process.stdout.readline() for _ in range(4 if before < 0 else 3)]
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors.strip() == "lth_pruning: stopped. Finished levels are kept; the same command goes on after them."
+        assert names(tmp_path) == PARTIAL | {"checkpoint.pt"}
+        assert uninterrupted.startswith((tmp_path / "metrics.csv").read_bytes())
+        last = int(max(row["level"] for row in read_metrics(tmp_path)))
+        assert before < last < 5
+        assert before < 0 or output[0].startswith(f"resuming after level {before} of 5")
+        assert f"Unfinished: these are levels 0 to {last} of 5" in (tmp_path / "summary.md").read_text()
+        before = last
+    run_here(lth, tmp_path, *LONGER)
+    assert f"resuming after level {before} of 5" in capsys.readouterr().out
+    assert (tmp_path / "metrics.csv").read_bytes() == uninterrupted
+    assert "nfinished" not in (tmp_path / "summary.md").read_text()
+    assert names(tmp_path) == PARTIAL | {"tickets.pt"}
+
+
+def test_ctrl_c_before_anything_has_begun(tmp_path):
+    """While the imports run, too."""
+    process = subprocess.Popen([sys.executable, "-v", *command(tmp_path, *TINY)[1:]], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "import 'numpy" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("lth_pruning: stopped. Finished levels are kept; the same command goes on after them.\n")
+    assert "Traceback" not in errors
+
+
+def test_two_runs_that_end_together_in_one_folder_both_keep_their_results(tmp_path):
+    """One of them moves the other's aside; none is mixed or lost."""
+    both = {"learning_curves.png", "metrics.csv", "summary.md", "tickets.pt"}
+    runs = [start(tmp_path / "both", *TINY, "LEVELS=0", f"SEED={seed}") for seed in (1, 2)]
+    said = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sum("the results of an earlier run are now in" in text for text in said) == 1
+    previous = [*(tmp_path / "both" / "previous").iterdir()]
+    assert names(tmp_path / "both") == both | {"previous"}
+    assert [names(folder) for folder in previous] == [both]
+    found = {seed: folder for folder in (tmp_path / "both", *previous) for seed in (1, 2)
+             if f"\nSEED = {seed}\n" in (folder / "summary.md").read_text()}
+    assert len(set(found.values())) == 2
+    for seed, folder in found.items():
+        assert torch.load(folder / "tickets.pt", weights_only=True)["constants"]["SEED"] == seed
+    assert (found[1] / "metrics.csv").read_bytes() != (found[2] / "metrics.csv").read_bytes()
+
+
+@pytest.fixture
+def state(lth, tmp_path):
+    """Some state and the checkpoint that holds it."""
+    lth.use(RESULTS_DIR=str(tmp_path), TRIALS=1)
+    checkpoint = lth.checkpoint_path()
+    state = lth.load_state(checkpoint) | {"level": 3, "rows": [{"step": 1}]}
+    torch.save(state, checkpoint)
+    return state, checkpoint
+
+
+def test_the_checkpoint_is_one_experiments_own(lth, state):
+    """Of all constants, only where the files lie and what computes may differ."""
+    _, checkpoint = state
+    others = {"DATASET": "KMNIST", "MODEL": "lenet", "INIT": "xavier_normal", "DROPOUT": 0.1, "ARMS": ("rewind",),
+              "TRIALS": 2, "LEVELS": 4, "PRUNE_RATE": 0.3, "PRUNE_SCOPE": "global", "REWIND_STEP": 1,
+              "TICKETS_FROM": str(SCRIPT), "SEED": 1, "EPOCHS": 2, "BATCH_SIZE": 60, "LEARNING_RATE": 1e-3,
+              "WEIGHT_DECAY": 0, "CLIP_NORM": None, "EVAL_EVERY": 100}
+    paths = {checkpoint}
+    for name, value in others.items():
+        before = lth.constants()[name]
+        lth.use(**{name: value})
+        paths.add(lth.checkpoint_path())
+        lth.use(**{name: before})
+    assert len(paths) == 1 + len(others)
+    lth.use(DATA_DIR="elsewhere", DEVICE="cuda")
+    assert lth.checkpoint_path() == checkpoint
+    assert {*others, "DATA_DIR", "RESULTS_DIR", "DEVICE"} == set(lth.constants())
+
+
+def test_the_tickets_count_not_where_they_lie(lth, state, tmp_path):
+    for name, content in (("one", b"same"), ("two", b"same"), ("three", b"other")):
+        (tmp_path / name).write_bytes(content)
+    paths = []
+    for name in ("one", "two", "three"):
+        lth.use(TICKETS_FROM=str(tmp_path / name))
+        paths.append(lth.checkpoint_path())
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_a_sound_checkpoint_is_taken(lth, state, capsys):
+    state, checkpoint = state
+    loaded = lth.load_state(checkpoint)
+    assert loaded.keys() == state.keys() and loaded["level"] == 3
+    assert all(torch.equal(loaded["theta0"][name], tensor) for name, tensor in state["theta0"].items())
+    assert "resuming after level 3 of 16" in capsys.readouterr().out
+
+
+def flip(content: bytes) -> bytes:
+    """One bit of a weight: PyTorch itself would not notice."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
+
+
+def other_run(content: bytes, folder: Path) -> bytes:
+    state = torch.load(folder / "copy", weights_only=True) | {"run": "checkpoint-of-another-run.pt"}
+    torch.save(state, folder / "other")
+    return (folder / "other").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content, _: content[:len(content) // 2], lambda content, _: flip(content), lambda content, _: b"",
+    lambda content, _: b"half a file", lambda content, _: content[:-1], other_run,
+    lambda content, _: pickle.dumps({"level": 3})], ids=["half", "bit", "empty", "text", "byte", "other", "pickle"])
+def test_a_damaged_checkpoint_is_set_aside(lth, state, tmp_path, capsys, damage):
+    """Twice: the second does not replace the first."""
+    _, checkpoint = state
+    content = checkpoint.read_bytes()
+    (tmp_path / "copy").write_bytes(content)
+    damaged = damage(content, tmp_path)
+    for aside in (checkpoint.with_suffix(".damaged"), checkpoint.with_suffix(".damaged-2")):
+        checkpoint.write_bytes(damaged)
+        new = lth.load_state(checkpoint)
+        assert (new["level"], new["rows"]) == (-1, [])
+        assert not checkpoint.exists()
+        assert aside.read_bytes() == damaged
+        said = capsys.readouterr().out
+        assert str(checkpoint) in said and aside.name in said and "afresh" in said
+
+
+
+
+def test_a_loss_that_is_not_finite_is_named_and_earlier_levels_stay(lth, tmp_path, monkeypatch, capsys):
+    """Trial 1 of reinit at level 2 starts from a weight that is infinite."""
+    started = []
+
+    def reinit(theta0, masks, **_):
+        started.append(len(started))
+        weights, masks = lth.rewind(theta0, masks)
+        if started[-1] == 3:                                                    # two trials at level 1, then this
+            weights["fc2.weight"][0, 0] = torch.inf
+        return weights, masks
+
+    monkeypatch.setitem(lth.ARM_STARTS, "reinit", reinit)
+    with pytest.raises(lth.UserError) as caught:
+        run_here(lth, tmp_path, *TINY, "LEVELS=3")
+    assert "the loss of reinit, trial 1, at level 2 was not finite by step 55" in str(caught.value)
+    assert {row["level"] for row in read_metrics(tmp_path)} == {0, 1}
+    assert names(tmp_path) == PARTIAL | {"checkpoint.pt"}
+
+
+def test_a_disk_that_is_full_ends_with_one_sentence_and_keeps_what_there_is(tmp_path):
+    """Files may have so many bytes that the first level's checkpoint fits, and the second level's does not."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_500_000, 6_500_000))
+
+    result = subprocess.run(command(tmp_path, *TINY), capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "File too large" in result.stderr and "Finished levels are kept" in result.stderr
+    assert names(tmp_path) == {"checkpoint.pt", "learning_curves.png", "metrics.csv", "summary.md"}
+    assert {row["level"] for row in read_metrics(tmp_path)} == {0}
+
+
+def test_a_results_folder_that_vanishes_ends_with_one_sentence(lth, tmp_path, monkeypatch):
+    folder, train = tmp_path / "results", lth.train
+
+    def train_and_remove(*arguments):
+        shutil.rmtree(folder)
+        return train(*arguments)
+
+    monkeypatch.setattr(lth, "train", train_and_remove)
+    with pytest.raises(lth.UserError, match="No such file or directory"):
+        run_here(lth, folder, *TINY)
+
+
+def test_too_little_memory_ends_with_one_sentence(tmp_path):
+    """The process may have half a gigabyte more than it has after the imports; the batches alone take 6.3."""
+    code = f"""if True:
+        import re, resource, runpy, sys
+        from pathlib import Path
+        import torch, torchvision, seaborn
+        torch.optim.AdamW([torch.zeros(1)])
+        used = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000, -1))
+        sys.argv = {command(tmp_path, *TINY, "TRIALS=40", "BATCH_SIZE=50000", "EVAL_EVERY=1")[1:]}
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "not enough memory on cpu: lower TRIALS, BATCH_SIZE or the number of ARMS" in result.stderr
+
+
+@pytest.mark.parametrize(("error", "memory"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (MemoryError(), True), (RuntimeError("CUDA error: an illegal memory access was encountered"), False)])
+def test_only_lack_of_memory_is_called_that(lth, tmp_path, monkeypatch, error, memory):
+    """Raised at level 1: level 0 is kept. What is a fault of the script keeps its traceback."""
+    train = lth.train
+
+    def fail_later(*arguments):
+        if arguments[4] == 1:
+            raise error
+        return train(*arguments)
+
+    monkeypatch.setattr(lth, "train", fail_later)
+    with pytest.raises(lth.UserError if memory else RuntimeError) as caught:
+        run_here(lth, tmp_path, *TINY, "TRIALS=1")
+    assert ("not enough memory" in str(caught.value)) == memory
+    assert {row["level"] for row in read_metrics(tmp_path)} == {0}
+    assert "checkpoint.pt" in names(tmp_path)
+
+
+class Attack:
+    """Unpickled without care, it would make a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def tiny_tickets(lth, tmp_path):
+    run_here(lth, tmp_path / "given", *TINY, "LEVELS=1", "TRIALS=1")
+    return tmp_path / "given" / "tickets.pt"
+
+
+def test_tickets_that_are_damaged_foreign_or_another_models_are_refused(lth, tiny_tickets, tmp_path):
+    tickets, content = torch.load(tiny_tickets, weights_only=True), tiny_tickets.read_bytes()
+    assert lth.load_ticket(tiny_tickets, 0, 1)
+    path = tmp_path / "tickets.pt"
+
+    def refused():
+        with pytest.raises(lth.UserError, match=f"no tickets could be read from {path}"):
+            lth.load_ticket(path, 0, 1)
+
+    for damaged in (flip(content), content[:1000], content[:-1], b"", pickle.dumps(tickets["constants"])):
+        path.write_bytes(damaged)
+        refused()
+    theta0, pruned_at, settings = tickets["theta0"], tickets["pruned_at"], tickets["constants"]
+    changes = [
+        {"theta0": {name: tensor for name, tensor in theta0.items() if name != "fc1.bias"}},
+        {"theta0": theta0 | {"fc1.weight": theta0["fc1.weight"].mT}},
+        {"theta0": {name: tensor[:0] for name, tensor in theta0.items()}},
+        {"pruned_at": pruned_at | {"fc1.weight": pruned_at["fc1.weight"].mT}},
+        {"pruned_at": {name: levels.float() for name, levels in pruned_at.items()}},
+        {"pruned_at": {}}, {"constants": settings | {"MODEL": "lenet"}}, {"constants": {}}, {"theta0": [1, 2]}]
+    for change in changes:
+        torch.save(tickets | change, path)
+        refused()
+    torch.save({"state_dict": theta0}, path)
+    refused()
+    torch.save({**tickets, "more": Attack(tmp_path / "attacked")}, path)
+    refused()
+    assert not (tmp_path / "attacked").exists()
+    path.unlink()
+    refused()
+
+
+def test_tickets_that_do_not_fit_the_constants_are_refused(lth, tiny_tickets, tmp_path):
+    for argument, folder, sentence in (
+            ("MODEL=lenet", tmp_path, "holds 1 trials and 1 levels of mlp: MODEL must be the same"),
+            ("TRIALS=2", tmp_path, "TRIALS and LEVELS no more"), ("LEVELS=2", tmp_path, "TRIALS and LEVELS no more"),
+            ("LEVELS=1", tiny_tickets.parent, "TICKETS_FROM lies in RESULTS_DIR")):
+        before = names(folder)
+        with pytest.raises(lth.UserError, match=sentence):
+            run_here(lth, folder, "ARMS=rewind,transfer", f"TICKETS_FROM={tiny_tickets}", "TRIALS=1", "LEVELS=1",
+                     argument)
+        assert names(folder) == before
+
+
+def test_results_are_moved_only_for_other_constants_or_numbers(lth, tmp_path, capsys):
+    """The same run again replaces its own results; a wrong number in metrics.csv makes them another's."""
+    one = (*TINY, "TRIALS=1", "LEVELS=0")
+    run_here(lth, tmp_path, *one)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "notes.txt").write_text("the user's own")
+    run_here(lth, tmp_path, *one)
+    assert names(tmp_path) == {*first, "notes.txt"}
+    assert (tmp_path / "metrics.csv").read_bytes() == first["metrics.csv"]
+    (tmp_path / "metrics.csv").write_bytes(first["metrics.csv"].replace(b"dense", b"DENSE"))
+    run_here(lth, tmp_path, *one)
+    run_here(lth, tmp_path, *one, "SEED=1")
+    previous = sorted((tmp_path / "previous").iterdir())
+    assert len(previous) == 2
+    assert [b"DENSE" in (folder / "metrics.csv").read_bytes() for folder in previous] == [True, False]
+    assert all(names(folder) == set(first) for folder in previous)
+    assert (tmp_path / "notes.txt").exists()
+    assert capsys.readouterr().out.count("the results of an earlier run are now in") == 2
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_by_a_run_that_ends(lth, tmp_path):
+    run_here(lth, tmp_path, *TINY, "TRIALS=1", "LEVELS=0")
+    expected = names(tmp_path)
+    leftovers = [f".{lth.checkpoint_path().name}.99999", ".metrics.csv.99999", ".learning_curves.png.99999"]
+    for name in leftovers:
+        (tmp_path / name).write_bytes(b"half")
+    run_here(lth, tmp_path, *TINY, "TRIALS=1", "LEVELS=0")
+    assert names(tmp_path) == expected
+    assert accuracies(read_metrics(tmp_path), "dense", 0)[0] > 85
