@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPT, TINY, run_script
+from conftest import SCRIPT, TINY, run_here
 
 ARCHIVES = SCRIPT.parent / "data" / "MNIST" / "raw"
 
@@ -150,11 +150,10 @@ def test_another_dataset_is_read_by_its_name(lth, raw, no_network, mnist):
         assert torch.equal(lth.load_dataset(torch.device("cpu"))["test"][0], mnist["test"][0])
 
 
-def test_the_script_ends_with_code_2_where_data_cannot_be_read(tmp_path):
+def test_data_that_cannot_be_read_ends_the_run_before_it_begins(lth, raw, no_network, tmp_path):
     """An archive that is a folder stands in for one without permission, which the tests' user may have anyway."""
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    (raw / "train-images-idx3-ubyte.gz").mkdir(parents=True)
-    result = run_script(tmp_path / "results", *TINY, f"DATA_DIR={tmp_path / 'data'}")
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "train-images-idx3-ubyte.gz is damaged and could not be downloaded" in result.stderr
+    (raw / "train-images-idx3-ubyte.gz").unlink()
+    (raw / "train-images-idx3-ubyte.gz").mkdir()
+    with pytest.raises(lth.UserError, match=r"train-images-idx3-ubyte\.gz is damaged and could not be downloaded"):
+        run_here(lth, tmp_path / "results", *TINY, f"DATA_DIR={raw.parents[1]}")
+    assert not list((tmp_path / "results").iterdir())

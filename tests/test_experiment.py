@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, accuracies, command, read_metrics, run_here, run_script
+from conftest import TINY, accuracies, command, read_metrics, run_here
 from torch.nn.utils import prune as torch_prune
 
 FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
@@ -164,32 +164,20 @@ def test_a_loaded_ticket_trains_like_any_network(reduced_run, lth, mnist):
         assert not layer.weight[layer.weight_mask == 0].any()
 
 
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    assert run_script(folder, *TINY).returncode == 0
-    return folder
-
-
-def test_a_trial_is_the_same_among_two_and_among_three(tiny_run, lth, tmp_path):
-    run_here(lth, tmp_path, *TINY, "TRIALS=3", "LEVELS=1")
-    three = [row for row in read_metrics(tmp_path) if row["trial"] < 2]
-    assert three == [row for row in read_metrics(tiny_run) if row["level"] < 2]
-
-
-def test_one_seed_one_result_and_another_seed_another(tiny_run, lth, tmp_path):
-    """The same in another process, too."""
-    first = read_metrics(tiny_run)
-    run_here(lth, tmp_path / "same", *TINY, "LEVELS=1")
-    assert read_metrics(tmp_path / "same") == [row for row in first if row["level"] < 2]
+def test_one_seed_one_result_and_another_seed_another(lth, tmp_path):
+    """A trial is the same among two and among three."""
+    run_here(lth, tmp_path / "two", *TINY, "LEVELS=1")
+    run_here(lth, tmp_path / "three", *TINY, "LEVELS=1", "TRIALS=3")
     run_here(lth, tmp_path / "other", *TINY, "LEVELS=0", "SEED=43")
-    assert all(row["val_loss"] not in {row["val_loss"] for row in first} for row in read_metrics(tmp_path / "other"))
+    two, three, other = (read_metrics(tmp_path / name) for name in ("two", "three", "other"))
+    assert two == [row for row in three if row["trial"] < 2]
+    assert not {row["val_loss"] for row in two} & {row["val_loss"] for row in other}
 
 
-def test_all_arms_and_transferred_tickets(tiny_run, lth, tmp_path):
+def test_all_arms_and_transferred_tickets(reduced_run, lth, tmp_path):
     """The other arms, global pruning and late rewinding, on tickets of another seed's run."""
     run_here(lth, tmp_path, *TINY, "TRIALS=1", "ARMS=rewind,reinit,shuffle,oneshot,transfer", "PRUNE_SCOPE=global",
-             "REWIND_STEP=20", "SEED=43", f"TICKETS_FROM={tiny_run / 'tickets.pt'}")
+             "REWIND_STEP=20", "SEED=43", f"TICKETS_FROM={reduced_run[0] / 'tickets.pt'}")
     check_figures(tmp_path, FIGURES)
     rows = read_metrics(tmp_path)
     final = {arm: np.mean(accuracies(rows, arm, 2)) for arm in ("rewind", "reinit", "shuffle", "oneshot", "transfer")}
@@ -199,7 +187,7 @@ def test_all_arms_and_transferred_tickets(tiny_run, lth, tmp_path):
     left = {(row["arm"], row["weights_remaining"]) for row in rows if row["level"] == 2}
     assert {percent for arm, percent in left if arm != "transfer"} == {16.0}                # 0.4 * 0.4 of all weights
     assert {percent for arm, percent in left if arm == "transfer"} == {
-        row["weights_remaining"] for row in read_metrics(tiny_run) if row["level"] == 2}
+        row["weights_remaining"] for row in read_metrics(reduced_run[0]) if row["level"] == 2}
 
 
 def test_late_rewinding_goes_back_to_the_weights_of_that_step(tmp_path, lth, mnist):

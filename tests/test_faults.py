@@ -19,6 +19,7 @@ from conftest import SCRIPT, TINY, accuracies, command, read_metrics, run_here
 LONGER = (*TINY, "TRIALS=1", "LEVELS=5", "PRUNE_RATE=0.4")
 PARTIAL = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
            "learning_curves.png", "mask_plot.png", "metrics.csv", "summary.md"}
+DENSE = {"learning_curves.png", "metrics.csv", "summary.md"}                   # all that level 0 gives
 
 
 def names(folder: Path) -> set[str]:
@@ -104,14 +105,13 @@ def test_ctrl_c_before_anything_has_begun(tmp_path):
 
 def test_two_runs_that_end_together_in_one_folder_both_keep_their_results(tmp_path):
     """One of them moves the other's aside; none is mixed or lost."""
-    both = {"learning_curves.png", "metrics.csv", "summary.md", "tickets.pt"}
-    runs = [start(tmp_path / "both", *TINY, "LEVELS=0", f"SEED={seed}") for seed in (1, 2)]
+    runs = [start(tmp_path / "both", *TINY, "TRIALS=1", "LEVELS=0", f"SEED={seed}") for seed in (1, 2)]
     said = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert sum("the results of an earlier run are now in" in text for text in said) == 1
     previous = [*(tmp_path / "both" / "previous").iterdir()]
-    assert names(tmp_path / "both") == both | {"previous"}
-    assert [names(folder) for folder in previous] == [both]
+    assert names(tmp_path / "both") == DENSE | {"tickets.pt", "previous"}
+    assert [names(folder) for folder in previous] == [DENSE | {"tickets.pt"}]
     found = {seed: folder for folder in (tmp_path / "both", *previous) for seed in (1, 2)
              if f"\nSEED = {seed}\n" in (folder / "summary.md").read_text()}
     assert len(set(found.values())) == 2
@@ -202,34 +202,37 @@ def test_a_damaged_checkpoint_is_set_aside(lth, state, tmp_path, capsys, damage)
 
 
 def test_a_loss_that_is_not_finite_is_named_and_earlier_levels_stay(lth, tmp_path, monkeypatch, capsys):
-    """Trial 1 of reinit at level 2 starts from a weight that is infinite."""
+    """Trial 1 of reinit at level 1 starts from a weight that is infinite."""
     started = []
 
     def reinit(theta0, masks, **_):
         started.append(len(started))
         weights, masks = lth.rewind(theta0, masks)
-        if started[-1] == 3:                                                    # two trials at level 1, then this
+        if started[-1] == 1:
             weights["fc2.weight"][0, 0] = torch.inf
         return weights, masks
 
     monkeypatch.setitem(lth.ARM_STARTS, "reinit", reinit)
     with pytest.raises(lth.UserError) as caught:
-        run_here(lth, tmp_path, *TINY, "LEVELS=3")
-    assert "the loss of reinit, trial 1, at level 2 was not finite by step 55" in str(caught.value)
-    assert {row["level"] for row in read_metrics(tmp_path)} == {0, 1}
-    assert names(tmp_path) == PARTIAL | {"checkpoint.pt"}
+        run_here(lth, tmp_path, *TINY)
+    assert "the loss of reinit, trial 1, at level 1 was not finite by step 55" in str(caught.value)
+    assert {row["level"] for row in read_metrics(tmp_path)} == {0}
+    assert names(tmp_path) == DENSE | {"checkpoint.pt"}
 
 
-def test_a_disk_that_is_full_ends_with_one_sentence_and_keeps_what_there_is(tmp_path):
-    """Files may have so many bytes that the first level's checkpoint fits, and the second level's does not."""
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_500_000, 6_500_000))
+@pytest.fixture
+def small_files():
+    """Files may have so many bytes that one network's first checkpoint fits, and its second one does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    result = subprocess.run(command(tmp_path, *TINY), capture_output=True, text=True, preexec_fn=limit)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "File too large" in result.stderr and "Finished levels are kept" in result.stderr
-    assert names(tmp_path) == {"checkpoint.pt", "learning_curves.png", "metrics.csv", "summary.md"}
+
+def test_a_disk_that_is_full_keeps_what_there_is(lth, tmp_path, small_files):
+    with pytest.raises(lth.UserError, match=r"File too large.*\. Finished levels are kept"):
+        run_here(lth, tmp_path, *TINY, "TRIALS=1")
+    assert names(tmp_path) == DENSE | {"checkpoint.pt"}
     assert {row["level"] for row in read_metrics(tmp_path)} == {0}
 
 
