@@ -1,99 +1,167 @@
-"""How long one step of one network takes in the stack, and in the two ways in which it is usually written.
+"""How long one training step of one network takes: as tutorials write it, as a tuned loop, in the stack, and at best.
 
-    python tests/benchmark.py              on the CPU's default number of threads
-    python tests/benchmark.py DEVICE=cuda  any constant of lth_pruning.py can be set
+    python tests/benchmark.py              both models, batches of 60 and 128, on the CPU and on CUDA if it is there
+    python tests/benchmark.py MODEL=lenet BATCH_SIZE=128 DEVICE=cpu      only these; any other constant can be set too
 
-All are measured in turn, several times, in one process: quote the ratios. A measurement, not a test.
+Everything is measured in turn, several times, in one process: quote the ratios. A measurement, not a test.
 
-loader  a DataLoader that transforms image by image, one network, clip_grad_norm_, a mask loop (the usual script)
-plain   one network after another, nn.Module and AdamW, but the data set as one tensor in memory
-stack   lth_pruning.train, all networks of a level together
+loader    a DataLoader that transforms image by image, one network, AdamW, clip_grad_norm_, a loop over masks
+plain     one network, the data set as one tensor in memory, fused AdamW
+stack n   lth_pruning.train, n networks together
+products  the matrix products and convolutions of one step of ten networks, forward and backward: the floor
 """
 
+import itertools
+import shutil
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lth_pruning as lth
 
-STEPS, ROUNDS, ARMS = 60, 5, 2
+ROUNDS, STACKS = 5, (1, 5, 10, 20, 50)
 
 
-def train_alone(batches, device: torch.device) -> float:
-    """Seconds per step of one masked network on an iterable of batches."""
+class Clock:
+    """Stands in for the progress bar: the time between the end of the first step and that of the last."""
+
+    def __init__(self, device: torch.device, steps: int):
+        self.device, self.steps, self.done = device, steps, 0
+
+    def update(self, _=None) -> None:
+        self.done += 1
+        if self.done in (1, self.steps):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.begun, self.ended = getattr(self, "ended", 0), time.perf_counter()
+
+    def seconds(self) -> float:
+        """Per step."""
+        return (self.ended - self.begun) / (self.steps - 1)
+
+
+def train_alone(batches: Iterable, device: torch.device, steps: int, fused: bool) -> float:
+    """Seconds per step of one masked network on batches of images and labels."""
     network = lth.build_network(lth.MODEL, lth.DROPOUT).to(device)
     masks = {name: torch.ones_like(layer.weight) for name, layer in lth.weighted_layers(network).items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lth.LEARNING_RATE, weight_decay=lth.WEIGHT_DECAY)
-    start = time.perf_counter()
-    for step, (images, labels) in enumerate(batches, start=1):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lth.LEARNING_RATE, weight_decay=lth.WEIGHT_DECAY,
+                                  fused=fused)
+    clock = Clock(device, steps)
+    for images, labels in batches:
         optimizer.zero_grad()
         F.cross_entropy(network(images.to(device)), labels.to(device)).backward()
         for name, layer in lth.weighted_layers(network).items():
             layer.weight.grad *= masks[name]
         nn.utils.clip_grad_norm_(network.parameters(), lth.CLIP_NORM or float("inf"))
         optimizer.step()
-        if step == STEPS:
-            break
-    synchronize(device)
-    return (time.perf_counter() - start) / STEPS
+        clock.update()
+        if clock.done == steps:
+            return clock.seconds()
+    raise ValueError(f"an epoch has fewer than {steps} batches")
 
 
-def train_stack(data: dict, device: torch.device) -> float:
-    """Seconds per step and network of ARMS arms of TRIALS networks each."""
-    nets = ARMS * lth.TRIALS
+def train_stack(nets: int, data: dict, device: torch.device, steps: int) -> float:
+    """Seconds per step and network of a stack."""
+    lth.TRIALS, clock = nets, Clock(device, steps)
     weights = lth.stack([lth.initial_weights(lth.generator("init", n)) for n in range(nets)])
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    masks = lth.full_masks(weights)
-    start = time.perf_counter()
-    lth.train(weights, masks, data, ("rewind", "reinit"), level=1, steps=STEPS, bar=tqdm(disable=True))
-    synchronize(device)
-    return (time.perf_counter() - start) / STEPS / nets
+    lth.train(weights, lth.full_masks(weights), data, ("rewind",), level=1, steps=steps, bar=clock)
+    return clock.seconds() / nets
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU's work to be done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def products(nets: int, device: torch.device) -> Callable[[], None]:
+    """A function that does nothing but the products of one step: per layer its output, its weights' and its inputs'
+    gradient; the first layer's input needs none."""
+    calls, x = [], torch.randn(2, 1, 28, 28)
+    for name, layer in lth.build_network(lth.MODEL, 0).named_children():
+        shape, x = x.shape[1:], layer(x)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        inputs, outputs = (torch.randn(nets, lth.BATCH_SIZE, *size, device=device) for size in (shape, x.shape[1:]))
+        first = name in ("fc1" if lth.MODEL == "mlp" else "", "conv1")
+        if isinstance(layer, nn.Linear):
+            weight = torch.randn(nets, layer.in_features, layer.out_features, device=device)
+            calls += [(torch.bmm, inputs, weight), (torch.bmm, inputs.mT, outputs)]
+            calls += [] if first else [(torch.bmm, outputs, weight.mT)]
+        else:
+            weight = layer.weight.detach().to(device)
+            padding = list(layer.padding)
+            for one, gradient in zip(inputs, outputs, strict=True):
+                calls += [(F.conv2d, one, weight, None, 1, padding),
+                          (torch.ops.aten.convolution_backward, gradient, one, weight, None, [1, 1], padding, [1, 1],
+                           False, [0, 0], 1, [not first, True, False])]
+
+    def run() -> None:
+        for call, *arguments in calls:
+            call(*arguments)
+    return run
 
 
-def main() -> None:
-    vars(lth).update(lth.read_arguments(sys.argv[1:]))
-    lth.check_constants()
-    device = lth.choose_device()
-    torch.set_flush_denormal(True)
-    data = lth.load_dataset(device)
+def time_products(run: Callable[[], None], nets: int, device: torch.device, steps: int) -> float:
+    """Seconds per step and network."""
+    clock = Clock(device, steps)
+    for _ in range(steps):
+        run()
+        clock.update()
+    return clock.seconds() / nets
+
+
+def compare(data: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> None:
+    """Measure and print one model with one batch size on one device."""
     # Training alone is timed: a single image stands in for what is evaluated after the last step.
     few = {name: (images, labels) if name == "train" else (images[:1], labels[:1])
            for name, (images, labels) in data.items()}
     convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    source = torchvision.datasets.MNIST(lth.beside_script(lth.DATA_DIR), train=True, transform=convert)
-    loader = torch.utils.data.DataLoader(source, batch_size=lth.BATCH_SIZE, shuffle=True)
     images, labels = data["train"]
+    bare = products(10, device)
+    with tempfile.TemporaryDirectory() as root:                     # torchvision unpacks the archives there
+        shutil.copytree(lth.beside_script(lth.DATA_DIR) / "MNIST" / "raw", f"{root}/MNIST/raw")
+        source = torchvision.datasets.MNIST(root, train=True, transform=convert, download=True)
+    loader = torch.utils.data.DataLoader(source, batch_size=lth.BATCH_SIZE, shuffle=True)
+    in_memory = ((images[pick], labels[pick]) for _ in iter(int, 1)
+                 for pick in torch.randperm(len(images), device=device).split(lth.BATCH_SIZE))
     measure = {
-        "loader": lambda: train_alone(loader, device),
-        "plain": lambda: train_alone(((images[pick], labels[pick]) for pick in
-                                      torch.randperm(len(images), device=device).split(lth.BATCH_SIZE)), device),
-        "stack": lambda: train_stack(few, device)}
+        "loader": lambda: train_alone(loader, device, 30, fused=False),
+        "plain": lambda: train_alone(in_memory, device, 100, fused=True),
+        **{f"stack {n}": lambda n=n: train_stack(n, few, device, max(8, 200 // n)) for n in STACKS},
+        "products": lambda: time_products(bare, 10, device, 20)}
     seconds = {name: [] for name in measure}
     for _ in range(ROUNDS + 1):                                     # the first round warms up
         for name, run in measure.items():
             seconds[name].append(run())
-    print(f"{lth.MODEL}, batch {lth.BATCH_SIZE}, {ARMS * lth.TRIALS} networks in the stack, {device}, "
-          f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; median of {ROUNDS} rounds")
-    print("         ms per step and network     times the stack's")
+    print(f"\n{lth.MODEL}, batch {lth.BATCH_SIZE}, {device}\n"
+          "          ms per step and network (lowest to highest)      times that of stack 10")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values[1:], seconds["stack"][1:], strict=True)]
-        print(f"{name:8}{1000 * statistics.median(values[1:]):14.2f}{statistics.median(ratios):24.1f} "
-              f"({min(ratios):.1f} to {max(ratios):.1f})")
+        values, stack = values[1:], seconds["stack 10"][1:]
+        ratios = [a / b for a, b in zip(values, stack, strict=True)]
+        print(f"{name:10}{1000 * statistics.median(values):8.3f} ({1000 * min(values):.3f} to {1000 * max(values):.3f})"
+              f"{statistics.median(ratios):26.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def main() -> None:
+    given = lth.read_arguments(sys.argv[1:])
+    vars(lth).update(given)
+    lth.check_constants()
+    torch.set_flush_denormal(True)
+    devices = [lth.choose_device()] if "DEVICE" in given or not torch.cuda.is_available() else ["cpu", "cuda"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+          + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "") + f"; median of {ROUNDS} rounds")
+    for device in map(torch.device, devices):
+        data = lth.load_dataset(device)
+        for model, batch in itertools.product([given["MODEL"]] if "MODEL" in given else ["mlp", "lenet"],
+                                              [given["BATCH_SIZE"]] if "BATCH_SIZE" in given else [60, 128]):
+            lth.MODEL, lth.BATCH_SIZE = model, batch
+            compare(data, device)
 
 
 if __name__ == "__main__":
