@@ -17,6 +17,7 @@ import ast
 import contextlib
 import copy
 import csv
+import datetime
 import difflib
 import functools
 import gzip
@@ -215,6 +216,17 @@ def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.
     return torch.Generator(device).manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
 
+def process() -> tuple[int, int]:
+    """This process's rank, and how many processes share the run: as torchrun says, else one alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def own_trials() -> range:
+    """The trials of this process. Its stacks hold only theirs, in this order; there may be none."""
+    rank, processes = process()
+    return range(TRIALS)[rank::processes]
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------------------------------
@@ -313,7 +325,7 @@ def initial_weights(random: torch.Generator) -> Weights:
 
 def stack(networks: list[Weights]) -> Weights:
     """Single networks' tensors, stacked along a new leading nets dimension."""
-    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
+    return {name: torch.stack([network[name] for network in networks]) for name in (networks[0] if networks else ())}
 
 
 def pick(tensors: Weights, n: int) -> Weights:
@@ -505,7 +517,7 @@ def steps_per_epoch() -> int:
 
 def batches(images: int, level: int, device: torch.device) -> Iterator[Tensor]:
     """Endless batches of image numbers (trials, batch): an order of its own for every trial, level and epoch."""
-    orders = [generator("order", trial, level) for trial in range(TRIALS)]
+    orders = [generator("order", trial, level) for trial in own_trials()]
     while True:
         epoch = torch.stack([torch.randperm(images, generator=order) for order in orders]).to(device)
         yield from epoch[:, :images - images % BATCH_SIZE].split(BATCH_SIZE, dim=1)
@@ -539,7 +551,7 @@ def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: T
 
 def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], arms: tuple[str, ...], level: int,
           steps: int, bar: tqdm) -> tuple[Weights, list[tuple]]:
-    """Train a stack of networks, arm after arm of TRIALS each; the trials of all arms see the same batches.
+    """Train a stack of networks, arm after arm of one per trial; the trials of all arms see the same batches.
 
     Pruned weights stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh
     AdamW zero gradients leave zero moments, which decoupled decay leaves alone.
@@ -549,7 +561,9 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     """
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
-    nets = len(arms) * TRIALS
+    nets, trials = len(masks["output.weight"]), own_trials()
+    if nets == 1:                       # a lone matrix product is rounded otherwise: train the network beside itself
+        weights, masks = ({name: torch.cat([tensor, tensor]) for name, tensor in t.items()} for t in (weights, masks))
     parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
@@ -561,10 +575,10 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     dropout = generator("dropout", level=level, device=images.device)
     order = batches(len(images), level, images.device)
-    train_loss, since, evaluations = torch.zeros(nets, device=images.device), 0, []
+    train_loss, since, evaluations = torch.zeros(len(networks), device=images.device), 0, []
 
     for step in range(1, steps + 1):
-        batch = next(order).repeat(nets // TRIALS, 1)                                       # (nets, batch)
+        batch = next(order).repeat(len(networks) // len(trials), 1)                         # (nets, batch)
         loss = losses(forward(network, weights, images[batch], dropout), labels[batch])     # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
@@ -577,16 +591,17 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
         if step % EVAL_EVERY == 0 or step == steps:
             val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
             _, test_accuracy = evaluate(network, weights, *data["test"])
-            evaluations.append((step, *(x.cpu() for x in (train_loss / since, val_loss, val_accuracy, test_accuracy))))
+            measures = train_loss / since, val_loss, val_accuracy, test_accuracy
+            evaluations.append((step, *(measure[:nets].cpu() for measure in measures)))
             finite = (train_loss + val_loss).isfinite().tolist()
             if not all(finite):
-                arm, trial = divmod(finite.index(False), TRIALS)
-                raise UserError(f"training diverged: the loss of {arms[arm]}, trial {trial}, at level {level} was not "
-                                f"finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
+                arm, trial = divmod(finite.index(False), len(trials))
+                raise UserError(f"training diverged: the loss of {arms[arm]}, trial {trials[trial]}, at level {level} "
+                                f"was not finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
                                 f"{LEARNING_RATE}.")
             train_loss, since = torch.zeros_like(train_loss), 0
-        bar.update(nets)
-    return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
+        bar.update(len(networks))
+    return {name: tensor.detach()[:nets] for name, tensor in weights.items()}, evaluations
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -603,12 +618,14 @@ def experiment() -> dict:
 
 
 def checkpoint_path() -> Path:
-    """Where an unfinished run keeps its state: each experiment has a file of its own."""
+    """Where an unfinished run keeps its state: each experiment, and each process of a run, has a file of its own."""
     settings = experiment()
     if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
         settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return beside_script(RESULTS_DIR) / f"checkpoint-{digest[:12]}.pt"
+    rank, processes = process()
+    share = f"-{rank + 1}-of-{processes}" if processes > 1 else ""
+    return beside_script(RESULTS_DIR) / f"checkpoint-{digest[:12]}{share}.pt"
 
 
 def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[tuple]) -> list[dict]:
@@ -616,7 +633,7 @@ def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[t
     left = weights_remaining(masks)
     return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, float(f"{left[net]:.6g}"), step,
                                *(float(f"{measure[net]:.6g}") for measure in measures)), strict=True))
-            for net, (arm, trial) in enumerate(itertools.product(arms, range(TRIALS)))
+            for net, (arm, trial) in enumerate(itertools.product(arms, own_trials()))
             for step, *measures in evaluations]
 
 
@@ -626,7 +643,7 @@ def load_state(checkpoint: Path) -> dict:
     It holds the run's name, the level that was finished last, rows, theta0, pruned_at, the trained dense networks and
     the rewind networks as they were trained last.
     """
-    theta0 = stack([initial_weights(generator("init", trial)) for trial in range(TRIALS)])
+    theta0 = stack([initial_weights(generator("init", trial)) for trial in own_trials()])
     never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
     new = {"run": checkpoint.name, "level": -1, "rows": [], "theta0": theta0, "pruned_at": never,
            "dense": {}, "trained": {}}
@@ -658,10 +675,10 @@ def start_arms(state: dict, arms: tuple[str, ...], tickets: Masks, given: dict |
                level: int) -> tuple[Weights, Masks]:
     """The stack that a level starts from: every arm's networks, one per trial. `given`: tickets found elsewhere."""
     starts = [ARM_STARTS[arm](
-        theta0=pick(state["theta0"], trial), masks=pick(tickets, trial), dense=pick(state["dense"], trial),
+        theta0=pick(state["theta0"], n), masks=pick(tickets, n), dense=pick(state["dense"], n),
         random=generator(arm, trial, level) if arm in PURPOSES else None,
         ticket=given and (pick(given["theta0"], trial), masks_at(pick(given["pruned_at"], trial), level)))
-        for arm, trial in itertools.product(arms, range(TRIALS))]
+        for arm, (n, trial) in itertools.product(arms, enumerate(own_trials()))]
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
 
@@ -670,13 +687,14 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: 
 
     The iterative strategy of the paper's section 2. The state is brought up to date, and saved, after each level.
     """
-    steps, given = EPOCHS * steps_per_epoch(), load_tickets(TICKETS_FROM) if TICKETS_FROM else None
+    steps, trials = EPOCHS * steps_per_epoch(), len(own_trials())
+    given = load_tickets(TICKETS_FROM) if TICKETS_FROM else None
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
-    work = [TRIALS * (steps + REWIND_STEP)] + LEVELS * [TRIALS * len(ARMS) * steps]
+    work = [max(2, trials) * (steps + REWIND_STEP)] + LEVELS * [max(2, trials * len(ARMS)) * steps]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
     columns = ARMS if LEVELS else ("dense",)
     print("level   weights remaining" + "".join(f"{arm:>11}" for arm in columns) + "   time left", flush=True)
-    with tqdm(total=sum(work), initial=before, smoothing=0, disable=None, leave=False,
+    with tqdm(total=sum(work), initial=before, smoothing=0, disable=process()[0] > 0 or None, leave=False,
               bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left") as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
             arms = ARMS if level else ("dense",)
@@ -684,8 +702,8 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: 
             weights, masks = start_arms(state, arms, masks_at(pruned_at, level), given, level)
             weights, masks = ({name: t.to(device) for name, t in tensors.items()} for tensors in (weights, masks))
             trained, evaluations = train(weights, masks, data, arms, level, steps, bar)
-            first = TRIALS * arms.index("rewind" if level else "dense")
-            trained = {name: tensor[first:first + TRIALS].clone().cpu() for name, tensor in trained.items()}
+            first = trials * arms.index("rewind" if level else "dense")
+            trained = {name: tensor[first:first + trials].clone().cpu() for name, tensor in trained.items()}
             new = {"level": level, "rows": state["rows"] + records(level, arms, masks, evaluations),
                    "pruned_at": pruned_at, "trained": trained}
             if level == 0:
@@ -697,10 +715,28 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: 
             state.update(new)                               # at once: whatever ends the run finds whole levels
 
             left = (time.monotonic() - begun) * sum(work[level + 1:]) / (sum(work[:level + 1]) - before)
-            accuracy = evaluations[-1][-1].view(len(arms), TRIALS).mean(1).tolist() * (len(columns) // len(arms))
+            accuracy = evaluations[-1][-1].view(len(arms), trials).mean(1).tolist() * (len(columns) // len(arms))
             with tqdm.external_write_mode():
                 print(f"{level:5}{weights_remaining(masks)[first]:18.1f} %" + "".join(f"{x:9.2f} %" for x in accuracy)
                       + f"{left / 60:8.1f} min", flush=True)
+
+
+def gather(state: dict) -> dict:
+    """On the first process, what all processes recorded and found, as one process alone would have it.
+
+    Between processes nothing passes but this, at the end: a process that is killed and started again delays no other.
+    """
+    rank, processes = process()
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # the slowest is waited for
+    states = [None] * processes if rank == 0 else None
+    torch.distributed.gather_object(state, states)
+    if rank > 0:
+        return state
+    rows = sorted(itertools.chain(*(part["rows"] for part in states)), key=lambda row: (
+        row["level"], row["level"] and ARMS.index(row["arm"]), row["trial"], row["step"]))
+    tensors = {key: stack([pick(states[trial % processes][key], trial // processes) for trial in range(TRIALS)])
+               for key in ("theta0", "pruned_at")}
+    return state | {"rows": rows} | tensors
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1087,9 +1123,10 @@ def check_constants() -> None:
 
 def choose_device() -> torch.device:
     """DEVICE, or the fastest kind that is there."""
+    if DEVICE in ("auto", "cuda") and torch.cuda.is_available():        # a GPU for each of a machine's processes
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if DEVICE == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.zeros(1, device=DEVICE).device
         if device.type not in ("cpu", "cuda", "mps"):
@@ -1121,13 +1158,27 @@ def main(arguments: list[str]) -> None:
     check_constants()
     folder, device, checkpoint = prepare_results_folder(), choose_device(), checkpoint_path()
     torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
+    rank, processes = process()
     try:
-        data, state = load_dataset(device), load_state(checkpoint)
+        state = load_state(checkpoint)
+        if rank > 0:
+            sys.stdout = io.StringIO()                      # the first process speaks for all
+        elif processes > 1:
+            print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
+                  + f"; shown is the progress of the first one, with {[*own_trials()]}", flush=True)
         try:
-            run_experiment(state, data, device, checkpoint)
+            if own_trials():
+                run_experiment(state, load_dataset(device), device, checkpoint)
         finally:                        # whatever ends the run: of the finished levels there are results
-            if state["rows"]:
+            if processes == 1 and state["rows"]:
                 write_results(state, folder, device)
+        if processes > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # while it waits for the others, Python hears no signal
+            state = gather(state)
+            if rank == 0:
+                write_results(state, folder, device)
+            torch.distributed.barrier()                     # until then, each keeps its checkpoint
+            torch.distributed.destroy_process_group()
         checkpoint.unlink(missing_ok=True)
         remove_unfinished(checkpoint)
     except OSError as error:
@@ -1137,7 +1188,8 @@ def main(arguments: list[str]) -> None:
             raise
         raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
                         "Finished levels are kept.") from None
-    print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
+    if rank == 0:
+        print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
 
 
 if __name__ == "__main__":

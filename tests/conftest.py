@@ -65,6 +65,16 @@ def mnist():
 
 
 @pytest.fixture
+def small(lth, mnist, monkeypatch):
+    """For runs in this process of which only the machinery matters: 11,000 training images, 1,000 each to evaluate."""
+    lth.use(VALIDATION_SIZE=49_000)
+    sizes = {"train": 11_000, "validation": 1_000, "test": 1_000}
+    parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
+    monkeypatch.setattr(lth, "load_dataset", lambda _: parts)
+    return parts
+
+
+@pytest.fixture
 def some_mnist(mnist):
     """2,000 training images, 500 each to validate and to test, in double precision: rounding stays out of the way."""
     sizes = {"train": 2_000, "validation": 500, "test": 500}

@@ -164,13 +164,15 @@ def test_a_loaded_ticket_trains_like_any_network(reduced_run, lth, mnist):
         assert not layer.weight[layer.weight_mask == 0].any()
 
 
-def test_one_seed_one_result_and_another_seed_another(lth, tmp_path):
-    """A trial is the same among two and among three."""
-    run_here(lth, tmp_path / "two", *TINY, "LEVELS=1")
-    run_here(lth, tmp_path / "three", *TINY, "LEVELS=1", "TRIALS=3")
+def test_one_seed_one_result_and_another_seed_another(lth, small, tmp_path):
+    """To the bit, a trial is the same alone, among two and among three."""
+    run_here(lth, tmp_path / "one", *TINY, "LEVELS=1", "ARMS=rewind", "TRIALS=1")
+    run_here(lth, tmp_path / "two", *TINY, "LEVELS=1", "ARMS=rewind")
+    run_here(lth, tmp_path / "three", *TINY, "LEVELS=1", "ARMS=rewind", "TRIALS=3")
     run_here(lth, tmp_path / "other", *TINY, "LEVELS=0", "SEED=43")
-    two, three, other = (read_metrics(tmp_path / name) for name in ("two", "three", "other"))
+    one, two, three, other = (read_metrics(tmp_path / name) for name in ("one", "two", "three", "other"))
     assert two == [row for row in three if row["trial"] < 2]
+    assert one == [row for row in three if row["trial"] < 1]
     assert not {row["val_loss"] for row in two} & {row["val_loss"] for row in other}
 
 
@@ -190,29 +192,29 @@ def test_all_arms_and_transferred_tickets(reduced_run, lth, tmp_path):
         row["weights_remaining"] for row in read_metrics(reduced_run[0]) if row["level"] == 2}
 
 
-def test_late_rewinding_goes_back_to_the_weights_of_that_step(tmp_path, lth, mnist):
-    """theta0 of a run with REWIND_STEP=20 is what training the same networks for 20 steps gives."""
-    run_here(lth, tmp_path, *TINY, "REWIND_STEP=20", "LEVELS=0")
+def test_late_rewinding_goes_back_to_the_weights_of_that_step(lth, small, tmp_path):
+    """theta0 of a run with REWIND_STEP=8 is what training the same networks for 8 steps gives."""
+    run_here(lth, tmp_path, *TINY, "REWIND_STEP=8", "LEVELS=0")
     theta0 = torch.load(tmp_path / "tickets.pt", weights_only=True)["theta0"]
     start = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(2)])
-    early, _ = lth.train(start, lth.full_masks(start), mnist, ("dense",), 0, steps=20, bar=lth.tqdm(disable=True))
+    early, _ = lth.train(start, lth.full_masks(start), small, ("dense",), 0, steps=8, bar=lth.tqdm(disable=True))
     for name, tensor in early.items():
         assert torch.equal(theta0[name], tensor)
         assert not torch.equal(theta0[name], start[name])
 
 
-def test_lenet(lth, tmp_path):
-    run_here(lth, tmp_path, "MODEL=lenet", "TRIALS=1", "LEVELS=1", "PRUNE_RATE=0.5", "EPOCHS=1", "BATCH_SIZE=500",
+def test_lenet(lth, small, tmp_path):
+    run_here(lth, tmp_path, "MODEL=lenet", "TRIALS=1", "LEVELS=1", "PRUNE_RATE=0.5", "EPOCHS=1", "BATCH_SIZE=50",
              "EVAL_EVERY=1000")
     check_figures(tmp_path, FIGURES)
     rows = read_metrics(tmp_path)
-    assert accuracies(rows, "dense", 0)[0] > 95
-    assert accuracies(rows, "rewind", 1)[0] > 95
+    assert accuracies(rows, "dense", 0)[0] > 93
+    assert accuracies(rows, "rewind", 1)[0] > 93
     left = 61_470 - (round(0.25 * 150) + round(0.25 * 2400) + 24_000 + 5_040 + 210)
     assert {row["weights_remaining"] for row in rows if row["level"] == 1} == {float(f"{100 * left / 61_470:.6g}")}
 
 
-def test_dense_networks_alone(lth, tmp_path):
+def test_dense_networks_alone(lth, small, tmp_path):
     run_here(lth, tmp_path, *TINY, "LEVELS=0")
     assert {row["arm"] for row in read_metrics(tmp_path)} == {"dense"}
     check_figures(tmp_path, {"learning_curves.png"})

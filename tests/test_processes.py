@@ -1,0 +1,59 @@
+"""One run in several processes gives what it gives in one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPT, TINY, run_here
+
+ARGUMENTS = (*TINY, "LEVELS=1")
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The number of the process that torchrun started with this rank to write to the folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, command = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+        except OSError:                                                         # it has ended meanwhile
+            continue
+        if f"RANK={rank}".encode() in environment and f"RESULTS_DIR={folder}".encode() in command:
+            return int(process.name)
+    raise AssertionError("no such process")
+
+
+@pytest.fixture
+def one_thread():
+    """As torchrun gives to each of its processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_processes_share_the_trials_and_a_killed_one_goes_on(lth, tmp_path, one_thread):
+    """Three for two trials. Once level 0 is done, the second is killed; torchrun stops and restarts them all."""
+    run_here(lth, tmp_path / "alone", *ARGUMENTS)
+    folder = tmp_path / "shared"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1",
+               str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *ARGUMENTS]
+    torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output = torchrun.stdout.readline()
+    assert output.startswith("3 processes share 2 trials, so that some have none; shown is the progress of the first")
+    while not list(folder.glob("checkpoint-*-2-of-3.pt")):
+        assert torchrun.poll() is None
+    os.kill(process_of_rank(1, folder), signal.SIGKILL)
+    output, errors = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, errors
+    assert "lth_pruning: stopped. Finished levels are kept" in errors           # the first one, by SIGTERM
+    assert re.search(r"resuming after level 0 of 1, kept in .*-2-of-3\.pt", output)
+    assert output.count("results: ") == 1
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
+    assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone" / "metrics.csv").read_bytes()
+    shared, alone = (torch.load(path / "tickets.pt", weights_only=True) for path in (folder, tmp_path / "alone"))
+    for key in ("theta0", "pruned_at"):
+        assert all(torch.equal(shared[key][name], tensor) for name, tensor in alone[key].items())
