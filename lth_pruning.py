@@ -145,7 +145,8 @@ RULES = {
     "EVAL_EVERY": whole_number(1),
     "DATA_DIR": string("a folder's path"),
     "RESULTS_DIR": string("a folder's path"),
-    "DEVICE": string("auto, cpu, cuda, cuda:1 and so on, or mps"),
+    "DEVICE": ((str,), lambda device: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device),
+               "auto, cpu, cuda, cuda:1 and so on, or mps"),
 }
 
 
@@ -485,7 +486,7 @@ def load_tickets(path: str | Path) -> dict:
         return tickets
     except Exception as error:                              # a damaged or foreign file can fail in any way
         raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
-                        "name the tickets.pt of a finished run.") from None
+                        "TICKETS_FROM must be the tickets.pt of a finished run.") from None
 
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
@@ -1128,10 +1129,7 @@ def choose_device() -> torch.device:
     if DEVICE == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.zeros(1, device=DEVICE).device
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of the kinds that this script knows")
-        return device
+        return torch.zeros(1, device=DEVICE).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
                         "DEVICE=auto takes what there is.") from None
