@@ -364,7 +364,10 @@ def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: torch.
     """
     for name, layer in network.named_children():
         if isinstance(layer, nn.Linear):
-            x = torch.baddbmm(weights[f"{name}.bias"], x, weights[f"{name}.weight"])
+            operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
+            if len(x) == 1:                         # a lone product would be rounded otherwise: give it a twin
+                operands = [tensor.expand(2, *tensor.shape[1:]) for tensor in operands]
+            x = torch.baddbmm(*operands)[:len(x)]
         elif isinstance(layer, nn.Conv2d):          # net after net, until they are flattened: the fastest on a CPU
             kernels = zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
             x = [F.conv2d(images, weight, bias, padding=layer.padding) for images, weight, bias in kernels]
@@ -562,9 +565,7 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     """
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
-    nets, trials = len(masks["output.weight"]), own_trials()
-    if nets == 1:                       # a lone matrix product is rounded otherwise: train the network beside itself
-        weights, masks = ({name: torch.cat([tensor, tensor]) for name, tensor in t.items()} for t in (weights, masks))
+    nets, trials = len(weights["output.bias"]), own_trials()
     parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
@@ -576,10 +577,10 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     dropout = generator("dropout", level=level, device=images.device)
     order = batches(len(images), level, images.device)
-    train_loss, since, evaluations = torch.zeros(len(networks), device=images.device), 0, []
+    train_loss, since, evaluations = torch.zeros(nets, device=images.device), 0, []
 
     for step in range(1, steps + 1):
-        batch = next(order).repeat(len(networks) // len(trials), 1)                         # (nets, batch)
+        batch = next(order).repeat(nets // len(trials), 1)                                  # (nets, batch)
         loss = losses(forward(network, weights, images[batch], dropout), labels[batch])     # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
@@ -593,7 +594,7 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
             val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
             _, test_accuracy = evaluate(network, weights, *data["test"])
             measures = train_loss / since, val_loss, val_accuracy, test_accuracy
-            evaluations.append((step, *(measure[:nets].cpu() for measure in measures)))
+            evaluations.append((step, *(measure.cpu() for measure in measures)))
             finite = (train_loss + val_loss).isfinite().tolist()
             if not all(finite):
                 arm, trial = divmod(finite.index(False), len(trials))
@@ -601,8 +602,8 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
                                 f"was not finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
                                 f"{LEARNING_RATE}.")
             train_loss, since = torch.zeros_like(train_loss), 0
-        bar.update(len(networks))
-    return {name: tensor.detach()[:nets] for name, tensor in weights.items()}, evaluations
+        bar.update(nets)
+    return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -691,8 +692,11 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: 
     steps, trials = EPOCHS * steps_per_epoch(), len(own_trials())
     given = load_tickets(TICKETS_FROM) if TICKETS_FROM else None
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
-    work = [max(2, trials) * (steps + REWIND_STEP)] + LEVELS * [max(2, trials * len(ARMS)) * steps]
+    work = [trials * (steps + REWIND_STEP)] + LEVELS * [trials * len(ARMS) * steps]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
+    if (processes := process()[1]) > 1:
+        print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
+              + f"; shown is the progress of the first one, with {[*own_trials()]}")
     columns = ARMS if LEVELS else ("dense",)
     print("level   weights remaining" + "".join(f"{arm:>11}" for arm in columns) + "   time left", flush=True)
     with tqdm(total=sum(work), initial=before, smoothing=0, disable=process()[0] > 0 or None, leave=False,
@@ -728,6 +732,7 @@ def gather(state: dict) -> dict:
     Between processes nothing passes but this, at the end: a process that is killed and started again delays no other.
     """
     rank, processes = process()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # while it waits for the others, Python hears no signal
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # the slowest is waited for
     states = [None] * processes if rank == 0 else None
     torch.distributed.gather_object(state, states)
@@ -1147,6 +1152,20 @@ def prepare_results_folder() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def faults_in_one_sentence(device: torch.device) -> Iterator[None]:
+    """What the machine lacks is said as plainly as what the user got wrong. Anything else keeps its traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc", str(error), re.I):
+            raise
+        raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
+                        "Finished levels are kept.") from None
+
+
 def main(arguments: list[str]) -> None:
     """Do pruned networks train better from their original initial weights, or does any draw do?"""
     if {"-h", "--help"} & set(arguments):
@@ -1157,13 +1176,10 @@ def main(arguments: list[str]) -> None:
     folder, device, checkpoint = prepare_results_folder(), choose_device(), checkpoint_path()
     torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
     rank, processes = process()
-    try:
+    with faults_in_one_sentence(device):
         state = load_state(checkpoint)
         if rank > 0:
             sys.stdout = io.StringIO()                      # the first process speaks for all
-        elif processes > 1:
-            print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
-                  + f"; shown is the progress of the first one, with {[*own_trials()]}", flush=True)
         try:
             if own_trials():
                 run_experiment(state, load_dataset(device), device, checkpoint)
@@ -1171,27 +1187,18 @@ def main(arguments: list[str]) -> None:
             if processes == 1 and state["rows"]:
                 write_results(state, folder, device)
         if processes > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # while it waits for the others, Python hears no signal
             state = gather(state)
             if rank == 0:
                 write_results(state, folder, device)
-            torch.distributed.barrier()                     # until then, each keeps its checkpoint
-            torch.distributed.destroy_process_group()
+            torch.distributed.barrier()                     # until the results are there, each keeps its checkpoint
         checkpoint.unlink(missing_ok=True)
         remove_unfinished(checkpoint)
-    except OSError as error:
-        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc", str(error), re.I):
-            raise
-        raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
-                        "Finished levels are kept.") from None
     if rank == 0:
         print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # so do clusters that want their machine back
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a cluster's Ctrl-C: it wants its machine back
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
