@@ -36,24 +36,53 @@ def one_thread():
 
 
 def test_processes_share_the_trials_and_a_killed_one_goes_on(lth, tmp_path, one_thread):
-    """Three for two trials. Once level 0 is done, the second is killed; torchrun stops and restarts them all."""
+    """Two, of a trial each. Once level 0 is done, the second is killed; torchrun stops and restarts both."""
     run_here(lth, tmp_path / "alone", *ARGUMENTS)
     folder = tmp_path / "shared"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=1",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
                str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *ARGUMENTS]
     torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     output = torchrun.stdout.readline()
-    assert output.startswith("3 processes share 2 trials, so that some have none; shown is the progress of the first")
-    while not list(folder.glob("checkpoint-*-2-of-3.pt")):
+    assert output.startswith("2 processes share 2 trials; shown is the progress of the first one, with [0]")
+    while not list(folder.glob("checkpoint-*-2-of-2.pt")):
         assert torchrun.poll() is None
     os.kill(process_of_rank(1, folder), signal.SIGKILL)
     output, errors = torchrun.communicate(timeout=120)
     assert torchrun.returncode == 0, errors
     assert "lth_pruning: stopped. Finished levels are kept" in errors           # the first one, by SIGTERM
-    assert re.search(r"resuming after level 0 of 1, kept in .*-2-of-3\.pt", output)
+    assert re.search(r"resuming after level 0 of 1, kept in .*-2-of-2\.pt", output)
     assert output.count("results: ") == 1
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
     assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone" / "metrics.csv").read_bytes()
     shared, alone = (torch.load(path / "tickets.pt", weights_only=True) for path in (folder, tmp_path / "alone"))
+    for key in ("theta0", "pruned_at"):
+        assert all(torch.equal(shared[key][name], tensor) for name, tensor in alone[key].items())
+
+
+def test_more_processes_than_trials_are_said_not_crashed(lth, small, tmp_path, monkeypatch, capsys):
+    """Three processes for two trials, one after the other in this process; what they would send is passed by hand."""
+    run_here(lth, tmp_path / "alone", *ARGUMENTS)
+    sent = []
+
+    def gather_object(state, states):
+        sent.append(state)
+        if states is not None:
+            states[:] = sent[::-1]
+
+    for name, stand_in in (("init_process_group", lambda *_, **__: None), ("barrier", lambda: None),
+                           ("gather_object", gather_object)):
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)                              # restored when the test ends
+    visible = sys.stdout
+    for rank in (2, 1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        sys.stdout = visible
+        run_here(lth, tmp_path / "shared", *ARGUMENTS)
+    assert [len(state["rows"]) for state in sent] == [0, 3, 3]                 # dense, rewind and reinit of a trial
+    assert "3 processes share 2 trials, so that some have none; shown is the progress" in capsys.readouterr().out
+    assert (tmp_path / "shared/metrics.csv").read_bytes() == (tmp_path / "alone/metrics.csv").read_bytes()
+    shared, alone = (lth.load_tickets(tmp_path / name / "tickets.pt") for name in ("shared", "alone"))
     for key in ("theta0", "pruned_at"):
         assert all(torch.equal(shared[key][name], tensor) for name, tensor in alone[key].items())
