@@ -36,18 +36,19 @@ class Clock:
     """Stands in for the progress bar: the time between the end of the first step and that of the last."""
 
     def __init__(self, device: torch.device, steps: int):
-        self.device, self.steps, self.done = device, steps, 0
+        self.device, self.steps, self.done, self.moments = device, steps, 0, []
 
     def update(self, _=None) -> None:
         self.done += 1
         if self.done in (1, self.steps):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.begun, self.ended = getattr(self, "ended", 0), time.perf_counter()
+            self.moments.append(time.perf_counter())
 
     def seconds(self) -> float:
         """Per step."""
-        return (self.ended - self.begun) / (self.steps - 1)
+        begun, ended = self.moments
+        return (ended - begun) / (self.steps - 1)
 
 
 def train_alone(batches: Iterable, device: torch.device, steps: int, fused: bool) -> float:
@@ -83,12 +84,12 @@ def products(nets: int, device: torch.device) -> Callable[[], None]:
     """A function that does nothing but the products of one step: per layer its output, its weights' and its inputs'
     gradient; the first layer's input needs none."""
     calls, x = [], torch.randn(2, 1, 28, 28)
-    for name, layer in lth.build_network(lth.MODEL, 0).named_children():
+    for layer in lth.build_network(lth.MODEL, 0):
         shape, x = x.shape[1:], layer(x)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         inputs, outputs = (torch.randn(nets, lth.BATCH_SIZE, *size, device=device) for size in (shape, x.shape[1:]))
-        first = name in ("fc1" if lth.MODEL == "mlp" else "", "conv1")
+        first = not calls
         if isinstance(layer, nn.Linear):
             weight = torch.randn(nets, layer.in_features, layer.out_features, device=device)
             calls += [(torch.bmm, inputs, weight), (torch.bmm, inputs.mT, outputs)]
@@ -116,17 +117,21 @@ def time_products(run: Callable[[], None], nets: int, device: torch.device, step
     return clock.seconds() / nets
 
 
-def compare(data: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> None:
+def mnist_as_in_tutorials() -> torchvision.datasets.MNIST:
+    """MNIST's training images, which torchvision transforms one by one."""
+    convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    with tempfile.TemporaryDirectory() as root:                     # torchvision unpacks the archives there
+        shutil.copytree(lth.beside_script(lth.DATA_DIR) / "MNIST" / "raw", f"{root}/MNIST/raw")
+        return torchvision.datasets.MNIST(root, train=True, transform=convert, download=True)
+
+
+def compare(data: dict[str, tuple[Tensor, Tensor]], source: torchvision.datasets.MNIST, device: torch.device) -> None:
     """Measure and print one model with one batch size on one device."""
     # Training alone is timed: a single image stands in for what is evaluated after the last step.
     few = {name: (images, labels) if name == "train" else (images[:1], labels[:1])
            for name, (images, labels) in data.items()}
-    convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     images, labels = data["train"]
     bare = products(10, device)
-    with tempfile.TemporaryDirectory() as root:                     # torchvision unpacks the archives there
-        shutil.copytree(lth.beside_script(lth.DATA_DIR) / "MNIST" / "raw", f"{root}/MNIST/raw")
-        source = torchvision.datasets.MNIST(root, train=True, transform=convert, download=True)
     loader = torch.utils.data.DataLoader(source, batch_size=lth.BATCH_SIZE, shuffle=True)
     in_memory = ((images[pick], labels[pick]) for _ in iter(int, 1)
                  for pick in torch.randperm(len(images), device=device).split(lth.BATCH_SIZE))
@@ -156,12 +161,13 @@ def main() -> None:
     devices = [lth.choose_device()] if "DEVICE" in given or not torch.cuda.is_available() else ["cpu", "cuda"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
           + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "") + f"; median of {ROUNDS} rounds")
+    source = mnist_as_in_tutorials()
     for device in map(torch.device, devices):
         data = lth.load_dataset(device)
         for model, batch in itertools.product([given["MODEL"]] if "MODEL" in given else ["mlp", "lenet"],
                                               [given["BATCH_SIZE"]] if "BATCH_SIZE" in given else [60, 128]):
             lth.MODEL, lth.BATCH_SIZE = model, batch
-            compare(data, device)
+            compare(data, source, device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import lth_pruning
 SCRIPT = Path(lth_pruning.__file__)
 
 DEFAULTS = lth_pruning.constants()
+FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
+           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png"}
 
 # A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
 REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
@@ -34,6 +36,11 @@ def run_here(lth, folder: Path, *arguments: str) -> None:
     """Run the script's main in this process: it saves the seconds that a new one takes for its imports."""
     lth.use(**DEFAULTS)
     lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
+
+
+def flip(content: bytes, place: int) -> bytes:
+    """The content with one bit of one byte turned over."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPT, TINY, run_here
+from conftest import SCRIPT, TINY, flip, run_here
 
 ARCHIVES = SCRIPT.parent / "data" / "MNIST" / "raw"
 
@@ -81,12 +81,8 @@ def test_unpacked_files_alone_will_do(lth, raw, no_network, mnist):
     assert torch.equal(lth.load_dataset(torch.device("cpu"))["train"][0], mnist["train"][0])
 
 
-def swap(content, place):
-    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1:]
-
-
 @pytest.mark.parametrize(("damage", "word"), [
-    (lambda content: content[:100_000], "damaged"), (lambda content: swap(content, 500_000), "damaged"),
+    (lambda content: content[:100_000], "damaged"), (lambda content: flip(content, 500_000), "damaged"),
     (lambda content: b"", "damaged"), (None, "missing")], ids=["half", "bits", "empty", "missing"])
 def test_an_archive_that_fails_its_sum_is_refused(lth, raw, no_network, damage, word):
     """And is not replaced by an unpacked file, whose sum nobody knows."""
@@ -130,7 +126,7 @@ def test_a_damaged_or_missing_archive_is_downloaded(lth, raw, monkeypatch, mnist
     ("train-labels-idx1-ubyte", lambda content: content[:4] + (59_999).to_bytes(4, "big") + content[8:-1]),
     ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
     ("t10k-labels-idx1-ubyte", lambda content: b""),
-    ("t10k-images-idx3-ubyte", lambda content: swap(content, 3))],
+    ("t10k-images-idx3-ubyte", lambda content: flip(content, 3))],
     ids=["half", "longer", "label short", "labels 59999", "label 10", "empty", "header"])
 def test_an_unpacked_file_of_another_length_or_content_is_refused(lth, raw, no_network, name, damage):
     unpack(raw)

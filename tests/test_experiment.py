@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, accuracies, command, read_metrics, run_here
+from conftest import FIGURES, TINY, accuracies, command, read_metrics, run_here
 from torch.nn.utils import prune as torch_prune
 
-FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
-           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png"}
 OUTPUTS = FIGURES | {"metrics.csv", "summary.md", "tickets.pt"}
 COLUMNS = ["dataset", "model", "arm", "trial", "level", "weights_remaining", "step", "train_loss", "val_loss",
            "val_accuracy", "test_accuracy"]

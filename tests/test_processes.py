@@ -26,6 +26,14 @@ def process_of_rank(rank: int, folder: Path) -> int:
     raise AssertionError("no such process")
 
 
+def check_same_results(one: Path, other: Path) -> None:
+    """The same metrics to the byte, and the same tickets."""
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    tickets, others = (torch.load(folder / "tickets.pt", weights_only=True) for folder in (one, other))
+    for key in ("theta0", "pruned_at"):
+        assert all(torch.equal(tickets[key][name], tensor) for name, tensor in others[key].items())
+
+
 @pytest.fixture
 def one_thread():
     """As torchrun gives to each of its processes."""
@@ -53,10 +61,7 @@ def test_processes_share_the_trials_and_a_killed_one_goes_on(lth, tmp_path, one_
     assert re.search(r"resuming after level 0 of 1, kept in .*-2-of-2\.pt", output)
     assert output.count("results: ") == 1
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
-    assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone" / "metrics.csv").read_bytes()
-    shared, alone = (torch.load(path / "tickets.pt", weights_only=True) for path in (folder, tmp_path / "alone"))
-    for key in ("theta0", "pruned_at"):
-        assert all(torch.equal(shared[key][name], tensor) for name, tensor in alone[key].items())
+    check_same_results(folder, tmp_path / "alone")
 
 
 def test_more_processes_than_trials_are_said_not_crashed(lth, small, tmp_path, monkeypatch, capsys):
@@ -82,7 +87,4 @@ def test_more_processes_than_trials_are_said_not_crashed(lth, small, tmp_path, m
         run_here(lth, tmp_path / "shared", *ARGUMENTS)
     assert [len(state["rows"]) for state in sent] == [0, 3, 3]                 # dense, rewind and reinit of a trial
     assert "3 processes share 2 trials, so that some have none; shown is the progress" in capsys.readouterr().out
-    assert (tmp_path / "shared/metrics.csv").read_bytes() == (tmp_path / "alone/metrics.csv").read_bytes()
-    shared, alone = (lth.load_tickets(tmp_path / name / "tickets.pt") for name in ("shared", "alone"))
-    for key in ("theta0", "pruned_at"):
-        assert all(torch.equal(shared[key][name], tensor) for name, tensor in alone[key].items())
+    check_same_results(tmp_path / "shared", tmp_path / "alone")
