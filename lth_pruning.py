@@ -62,9 +62,7 @@ try:
 except ImportError:                                         # on Windows
     fcntl = None
 
-# ------------------------------------------------------------------------------------------------------------------
-# Constants: edit them here, or set them for one run as NAME=VALUE arguments
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Constants: edit them here, or set them for one run as NAME=VALUE arguments --------------------------------------
 
 # What is trained, and on what
 DATASET       = "MNIST"               # or "FashionMNIST", "KMNIST": 28x28 grey images of 10 classes
@@ -89,6 +87,7 @@ LEARNING_RATE = 1.2e-3                # the paper's, for Adam
 WEIGHT_DECAY  = 1e-2                  # AdamW's decoupled decay; 0 makes it Adam
 CLIP_NORM     = 1.0                   # largest gradient norm of a network; None: no clipping
 EVAL_EVERY    = 200                   # steps between evaluations; there is always one after the last step
+TF32          = False                 # on CUDA, round the factors of products to 11 bits: faster, less exact
 
 # Where
 DATA_DIR      = "data"                # relative paths start beside this script
@@ -98,55 +97,32 @@ DEVICE        = "auto"                # cuda, else mps, else cpu
 VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the paper
 
 
-# What a constant may be is a triple: its types, a condition on its value, and both in words.
-
-def one_of(*names: str) -> tuple:
-    return (str,), lambda value: value in names, "one of " + ", ".join(names)
-
-
-def whole_number(lowest: int, highest: float = math.inf) -> tuple:
-    most = f" to {highest}" if highest < math.inf else " or more"
-    return (int,), lambda value: lowest <= value <= highest, f"a whole number, {lowest}{most}"
-
-
-def number(condition: Callable[[float], bool], words: str) -> tuple:
-    return (float, int), lambda value: math.isfinite(value) and condition(value), f"a number {words}"
-
-
-def string(words: str) -> tuple:
-    return (str,), lambda value: value and "\0" not in value, words
-
-
-def or_none(rule: tuple) -> tuple:
-    types, condition, words = rule
-    return (*types, type(None)), lambda value: value is None or condition(value), f"{words}, or None"
-
-
 ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
-RULES = {
-    "DATASET": one_of("MNIST", "FashionMNIST", "KMNIST"),
-    "MODEL": one_of("mlp", "lenet"),
-    "INIT": one_of("kaiming_normal", "xavier_normal"),
-    "DROPOUT": number(lambda share: 0 <= share < 1, "from 0 to below 1"),
-    "ARMS": ((tuple,), lambda arms: arms and all(arm in ALL_ARMS for arm in arms) and len(set(arms)) == len(arms),
+RULES = {                             # the types and the condition of each constant's value, and both in words
+    "DATASET": (str, ("MNIST", "FashionMNIST", "KMNIST").__contains__, "one of MNIST, FashionMNIST, KMNIST"),
+    "MODEL": (str, ("mlp", "lenet").__contains__, "one of mlp, lenet"),
+    "INIT": (str, ("kaiming_normal", "xavier_normal").__contains__, "one of kaiming_normal, xavier_normal"),
+    "DROPOUT": (int | float, lambda share: 0 <= share < 1, "a number from 0 to below 1"),
+    "ARMS": (tuple, lambda arms: arms and all(arm in ALL_ARMS for arm in arms) and len(set(arms)) == len(arms),
              "a choice, each once, of " + ", ".join(ALL_ARMS)),
-    "TRIALS": whole_number(1, 1_000),
-    "LEVELS": whole_number(0, 255),   # tickets.pt holds them in 8 bits
-    "PRUNE_RATE": number(lambda rate: 0 < rate < 1, "between 0 and 1"),
-    "PRUNE_SCOPE": one_of("layer", "global"),
-    "REWIND_STEP": whole_number(0),
-    "TICKETS_FROM": or_none(string("the path of a tickets.pt")),
-    "SEED": whole_number(0),
-    "EPOCHS": whole_number(1),
-    "BATCH_SIZE": whole_number(1, 60_000 - VALIDATION_SIZE),
-    "LEARNING_RATE": number(lambda rate: rate > 0, "above 0"),
-    "WEIGHT_DECAY": number(lambda decay: decay >= 0, "of at least 0"),
-    "CLIP_NORM": or_none(number(lambda norm: norm > 0, "above 0")),
-    "EVAL_EVERY": whole_number(1),
-    "DATA_DIR": string("a folder's path"),
-    "RESULTS_DIR": string("a folder's path"),
-    "DEVICE": ((str,), lambda device: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device),
-               "auto, cpu, cuda, cuda:1 and so on, or mps"),
+    "TRIALS": (int, lambda count: 1 <= count <= 1_000, "a whole number, 1 to 1000"),
+    "LEVELS": (int, lambda count: 0 <= count <= 255, "a whole number, 0 to 255"),       # tickets.pt has 8 bits for them
+    "PRUNE_RATE": (int | float, lambda rate: 0 < rate < 1, "a number between 0 and 1"),
+    "PRUNE_SCOPE": (str, ("layer", "global").__contains__, "one of layer, global"),
+    "REWIND_STEP": (int, lambda step: step >= 0, "a whole number, 0 or more"),
+    "TICKETS_FROM": (str | None, lambda path: path is None or (path and "\0" not in path),
+                     "the path of a tickets.pt, or None"),
+    "SEED": (int, lambda seed: seed >= 0, "a whole number, 0 or more"),
+    "EPOCHS": (int, lambda count: count >= 1, "a whole number, 1 or more"),
+    "BATCH_SIZE": (int, lambda size: 1 <= size <= 60_000 - VALIDATION_SIZE, "a whole number, 1 to 55000"),
+    "LEARNING_RATE": (int | float, lambda rate: 0 < rate < math.inf, "a number above 0"),
+    "WEIGHT_DECAY": (int | float, lambda decay: 0 <= decay < math.inf, "a number of at least 0"),
+    "CLIP_NORM": (int | float | None, lambda norm: norm is None or 0 < norm < math.inf, "a number above 0, or None"),
+    "EVAL_EVERY": (int, lambda steps: steps >= 1, "a whole number, 1 or more"),
+    "TF32": (bool, lambda _: True, "True or False"),
+    "DATA_DIR": (str, lambda path: path and "\0" not in path, "a folder's path"),
+    "RESULTS_DIR": (str, lambda path: path and "\0" not in path, "a folder's path"),
+    "DEVICE": (str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:1 and so on, or mps"),
 }
 
 
@@ -228,9 +204,7 @@ def own_trials() -> range:
     return range(TRIALS)[rank::processes]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"train-images-idx3-ubyte.gz": (60_000, 28, 28), "train-labels-idx1-ubyte.gz": (60_000,),
           "t10k-images-idx3-ubyte.gz": (10_000, 28, 28), "t10k-labels-idx1-ubyte.gz": (10_000,)}
@@ -283,9 +257,7 @@ def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
             for name, (x, y) in splits.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Networks: the stack holds many networks side by side, and one matrix product serves them all
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
 
 def build_network(model: str, dropout: float) -> nn.Sequential:
     """One plain network, "mlp" or "lenet". Its layers are also the plan by which `forward` runs a whole stack."""
@@ -384,9 +356,7 @@ def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: torch.
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Tickets: a ticket is a mask together with the initial weights that it was found from
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Tickets: a ticket is a mask together with the initial weights that it was found from ----------------------------
 
 def full_masks(weights: Weights) -> Masks:
     """Masks with every prunable weight remaining: biases are never pruned, and not counted."""
@@ -512,9 +482,7 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     return network
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 def steps_per_epoch() -> int:
     """Whole batches in an epoch: each epoch's order leaves out another remainder of the training images."""
@@ -525,7 +493,8 @@ def batches(images: int, level: int, device: torch.device) -> Iterator[Tensor]:
     """Endless batches of image numbers (trials, batch): an order of its own for every trial, level and epoch."""
     orders = [generator("order", trial, level) for trial in own_trials()]
     while True:
-        epoch = torch.stack([torch.randperm(images, generator=order) for order in orders]).to(device)
+        epoch = torch.stack([torch.randperm(images, generator=order) for order in orders])
+        epoch = epoch.to(device, non_blocking=device.type == "cuda")                        # the GPU works on meanwhile
         yield from epoch[:, :images - images % BATCH_SIZE].split(BATCH_SIZE, dim=1)
 
 
@@ -548,14 +517,40 @@ def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: T
     """Loss and accuracy in percent, both (nets,), of every network on all of the images."""
     nets = len(weights["output.bias"])
     loss, correct = torch.zeros(2, nets, device=images.device)
-    for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):
-        # Images by the 250 stay in a CPU's cache: the LeNet is evaluated 1.5 times as fast. Losses are summed by the
-        # 1,000 all the same, since smaller sums would be rounded otherwise.
-        logits = torch.cat([forward(network, weights, part.expand(nets, *part.shape)) for part in x.split(250)], 1)
+    part = 250 if images.device.type == "cpu" else 1_000    # so many stay in a CPU's cache: LeNet is 1.5 times as fast
+    for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):     # for equal rounding, whatever the part
+        logits = torch.cat([forward(network, weights, some.expand(nets, *some.shape)) for some in x.split(part)], 1)
         y = y.expand(nets, -1)
         loss += losses(logits, y) * y.shape[1]
         correct += (logits.argmax(2) == y).sum(1)
     return loss / len(images), 100 * correct / len(images)
+
+
+@functools.cache
+def graphs_work(device: torch.device) -> bool:
+    """Whether CUDA graphs can be captured on the device: not on a CPU, and not with CUDA_LAUNCH_BLOCKING=1."""
+    if device.type != "cuda":
+        return False
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+            torch.zeros(1, device=device)
+        return True
+    except RuntimeError as error:
+        print(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): steps are launched one by one", flush=True)
+        return False
+
+
+def capture(step: Callable[[], None], random: torch.Generator) -> Callable[[], None]:
+    """A function that repeats all that the step does on the GPU, with its random numbers, by one launch.
+
+    The step must have run before, on the same stream, and read and write the same tensors each time. It does not run
+    while it is captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(random)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        step()
+    return graph.replay
 
 
 def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], arms: tuple[str, ...], level: int,
@@ -568,8 +563,7 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     all but the step (nets,) on the CPU; train_loss is the mean over the batches since the evaluation before.
     Raises UserError at the first evaluation after a loss that is not finite.
     """
-    network = build_network(MODEL, DROPOUT)
-    images, labels = data["train"]
+    network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
     nets, trials = len(weights["output.bias"]), own_trials()
     parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
@@ -579,13 +573,13 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     for network_parameters, gradient in zip(networks, gradient_rows, strict=True):
         network_parameters.grad = gradient
     gradients = as_views(gradient_rows, weights)
-    optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    dropout = generator("dropout", level=level, device=images.device)
-    order = batches(len(images), level, images.device)
-    train_loss, since, evaluations = torch.zeros(nets, device=images.device), 0, []
+    optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True,
+                                  capturable=device.type == "cuda")
+    dropout, order = generator("dropout", level=level, device=device), batches(len(images), level, device)
+    batch = torch.empty(nets, BATCH_SIZE, dtype=torch.int64, device=device)
+    train_loss, since, evaluations = torch.zeros(nets, device=device), 0, []
 
-    for step in range(1, steps + 1):
-        batch = next(order).repeat(nets // len(trials), 1)                                  # (nets, batch)
+    def train_step() -> None:
         loss = losses(forward(network, weights, images[batch], dropout), labels[batch])     # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
@@ -593,7 +587,14 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
         if CLIP_NORM is not None:
             clip_per_network(gradient_rows, CLIP_NORM)
         optimizer.step()
-        train_loss += loss.detach()
+        train_loss.add_(loss.detach())
+
+    run = train_step
+    for step in range(1, steps + 1):
+        batch.copy_(next(order).repeat(nets // len(trials), 1))
+        if step == 4 and graphs_work(device):                       # three steps warm the libraries up
+            run = capture(train_step, dropout)
+        run()
         since += 1
         if step % EVAL_EVERY == 0 or step == steps:
             val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
@@ -606,14 +607,13 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
                 raise UserError(f"training diverged: the loss of {arms[arm]}, trial {trials[trial]}, at level {level} "
                                 f"was not finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
                                 f"{LEARNING_RATE}.")
-            train_loss, since = torch.zeros_like(train_loss), 0
+            train_loss.zero_()
+            since = 0
         bar.update(nets)
     return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Experiment
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Experiment ------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("dataset", "model", "arm", "trial", "level", "weights_remaining", "step",
            "train_loss", "val_loss", "val_accuracy", "test_accuracy")
@@ -689,13 +689,13 @@ def start_arms(state: dict, arms: tuple[str, ...], tickets: Masks, given: dict |
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
 
-def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], device: torch.device, checkpoint: Path) -> None:
+def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], given: dict | None, device: torch.device,
+                   checkpoint: Path) -> None:
     """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
 
     The iterative strategy of the paper's section 2. The state is brought up to date, and saved, after each level.
     """
     steps, trials, (rank, processes) = EPOCHS * steps_per_epoch(), len(own_trials()), process()
-    given = load_tickets(TICKETS_FROM) if TICKETS_FROM else None
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
     work = [trials * (steps + REWIND_STEP)] + LEVELS * [trials * len(ARMS) * steps]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
@@ -750,12 +750,10 @@ def gather(state: dict) -> dict:
     return state | {"rows": rows} | tensors
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Results: tables and figures read the records and nothing else
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Results: tables and figures read the records and nothing else ---------------------------------------------------
 
 OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "learning_curves.png", "mask_plot.png", "tickets.pt", "metrics.csv", "summary.md")
+           "learning_curves.png", "mask_plot.png", "transfer_plot.png", "tickets.pt", "metrics.csv", "summary.md")
 COLOURS = {"dense": "0.35"} | dict(zip(ALL_ARMS, sns.color_palette("colorblind"), strict=False))
 MARKERS = dict(zip(("dense", *ALL_ARMS), "Pos^Dv", strict=True))
 
@@ -763,11 +761,6 @@ MARKERS = dict(zip(("dense", *ALL_ARMS), "Pos^Dv", strict=True))
 def arms_of(rows: list[dict]) -> list[str]:
     """The arms of a run, in their order."""
     return list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "dense"))
-
-
-def rivals_of(rows: list[dict]) -> list[str]:
-    """The arms that rewind is compared with."""
-    return [arm for arm in arms_of(rows) if arm != "rewind"]
 
 
 def measured(rows: list[dict], arm: str, column: str) -> np.ndarray:
@@ -793,6 +786,12 @@ def early_stop(rows: list[dict], arm: str) -> np.ndarray:
     return steps[measured(rows, arm, "val_loss").argmin(2)]
 
 
+def at_early_stop(rows: list[dict], arm: str) -> np.ndarray:
+    """Test accuracy at the lowest validation loss, (levels, trials)."""
+    lowest = measured(rows, arm, "val_loss").argmin(2)[..., None]
+    return np.take_along_axis(measured(rows, arm, "test_accuracy"), lowest, 2)[..., 0]
+
+
 def catch_up(rows: list[dict], arm: str) -> np.ndarray:
     """First step with the validation accuracy that the trial's dense network ends at, (levels, trials), or infinite."""
     accuracy = measured(rows, arm, "val_accuracy")
@@ -814,10 +813,9 @@ def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return differences.mean(1), quantile * differences.std(1, ddof=1) / np.sqrt(n)
 
 
-def sparsest_matching(rows: list[dict], arm: str) -> int:
-    """The sparsest level at which the arm's mean test accuracy is not below the dense networks'; 0 if none is."""
-    accuracy = final(rows, arm).mean(1)
-    return int(np.flatnonzero(accuracy >= accuracy[0])[-1])
+def matching_levels(accuracy: np.ndarray) -> np.ndarray:
+    """The sparsest level at which accuracies (levels, ...) are not below level 0, the dense networks: (...)."""
+    return len(accuracy) - 1 - (accuracy >= accuracy[0])[::-1].argmax(0)
 
 
 def verdict(rows: list[dict]) -> list[str]:
@@ -826,74 +824,133 @@ def verdict(rows: list[dict]) -> list[str]:
     trials = f"{dense.size} trial" + "s" * (dense.size > 1)
     sentences = [f"The dense networks end at {dense.mean():.2f} % test accuracy (mean of {trials}, {dense.min():.2f} "
                  f"to {dense.max():.2f})."]
-    if arms_of(rows):
-        level = sparsest_matching(rows, "rewind")
-        sentences.append(f"The smallest matching ticket keeps {left[level]:.1f} % of the weights: rewound, it ends at "
-                         f"{final(rows, 'rewind')[level].mean():.2f} %, not below the dense networks." if level else
-                         "No rewound ticket is matching: at every level they end below the dense networks.")
-    for arm in rivals_of(rows):
-        level = sparsest_matching(rows, arm) + 1
-        sentences.append(f"The {arm} networks end below the dense ones from {left[level]:.1f} % of the weights on."
-                         if level < len(left) else f"The {arm} networks end below the dense ones at no level to stay.")
-        lost, lost_half = paired_interval(dense - final(rows, arm))
+    for arm in arms_of(rows):
+        accuracy = final(rows, arm).mean(1)
+        level = matching_levels(accuracy)
+        if arm == "rewind":
+            sentences.append(f"The smallest matching ticket keeps {left[level]:.1f} % of the weights: rewound, it ends "
+                             f"at {accuracy[level]:.2f} %, not below the dense networks." if level else
+                             "No rewound ticket is matching: at every level they end below the dense networks.")
+            continue
+        fall = f"from {left[level + 1]:.1f} % of the weights on" if level + 1 < len(left) else "at no level to stay"
+        sentences.append(f"The {arm} networks end below the dense ones {fall}.")
         ahead, half = paired_interval(final(rows, "rewind") - final(rows, arm))
         bounds = f"95 % interval {ahead[-1] - half[-1]:+.2f} to {ahead[-1] + half[-1]:+.2f}, paired, {trials}"
         sentences.append(f"At {left[-1]:.1f} % of the weights, rewind - {arm} is {ahead[-1]:+.2f} points "
                          f"({bounds if dense.size > 1 else 'one trial gives no interval'}).")
-        if dense.size > 1:
-            sentences.append(f"Of {len(left) - 1} levels, the interval of rewind - {arm} lies above zero at "
-                             f"{sum(ahead > half)} and below at {sum(-ahead > half)}; that of dense - {arm} lies above "
-                             f"zero at {sum(lost > lost_half)}.")
     return sentences
 
 
+def claims(rows: list[dict]) -> list[list[str]]:
+    """The paper's claims, decided from the records: cells of claim, weights remaining, n, difference and decision.
+
+    A moment that did not come within the run is taken as the run's end where that makes the difference smaller than it
+    is, and where it would make it larger (the ticket itself was too slow, the control never fell), nothing is decided.
+    """
+    left, last, dense = remaining(rows), max(row["step"] for row in rows), final(rows, "dense")[0]
+
+    def lead(level: int, arm: str = "dense") -> np.ndarray:
+        return final(rows, "rewind")[level] - (dense if arm == "dense" else final(rows, arm)[level])
+
+    def earlier(moment: Callable[[list[dict], str], np.ndarray], level: int, arm: str) -> np.ndarray:
+        return np.minimum(last, moment(rows, arm)[0 if arm == "dense" else level]) - moment(rows, "rewind")[level]
+
+    def outlast(arm: str) -> np.ndarray:
+        fell = matching_levels(final(rows, arm))
+        return matching_levels(final(rows, "rewind")) - np.where(fell == len(left) - 1, np.inf, fell)
+
+    table = [
+        ("The ticket reaches its early stop before the dense network", 21.1, "rewind", "steps",
+         lambda level: earlier(early_stop, level, "dense")),
+        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", lead),
+        ("Down to here the ticket is matching (shown: the level where it does worst)", 3.6, "rewind", "points",
+         lambda level: min(map(lead, range(1, level + 1)), key=np.mean)),
+        ("Re-initialised networks fall below the dense ones before the ticket does", left[-1], "reinit", "levels",
+         lambda _: outlast("reinit")),
+        ("Re-initialised networks come to the dense one's final validation accuracy after the ticket", 21.1, "reinit",
+         "steps", lambda level: earlier(catch_up, level, "reinit")),
+        ("Networks pruned in one shot fall below the dense ones before the ticket does", left[-1], "oneshot", "levels",
+         lambda _: outlast("oneshot")),
+        ("Shuffled masks end less accurate than the ticket", 21.1, "shuffle", "points",
+         lambda level: lead(level, "shuffle"))]
+    lines = []
+    for claim, percent, arm, unit, difference in table:
+        level = int(np.abs(np.log(left / percent)).argmin())
+        cells, why = ["", "", ""], "fewer than three trials" * (len(dense) < 3)
+        if arm not in arms_of(rows):
+            why = f"no {arm} networks"
+        elif abs(np.log(left[level] / percent)) > np.log(1.25):
+            why = f"no level near {percent:.1f} %"
+        else:
+            values = difference(level)
+            cells = [f"{left[level]:.1f} %", f"{len(dense)}", "not reached"]
+            if np.isfinite(values).all():
+                mean, half = (statistic.item() for statistic in paired_interval(values[None]))
+                digits = 2 if unit == "points" else 1
+                cells[2] = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".replace(" ± nan", "")
+                borne_out = mean >= 0 if "matching" in claim else mean > half
+            else:
+                why = why or "not reached within the run"
+        lines.append([claim, *cells, f"not tested: {why}" if why else "borne out" if borne_out else "not borne out"])
+    return lines
+
+
 def summary(rows: list[dict], settings: dict, device: str) -> str:
-    """summary.md: the verdict, a table with a row per level, the constants and the versions."""
-    arms, rivals, last = arms_of(rows) or ["dense"], rivals_of(rows), max(row["step"] for row in rows)
+    """summary.md: the verdict, a table with a row per level, the constants and versions, and the paper's claims."""
+    arms, finished, last = arms_of(rows) or ["dense"], rows[-1]["level"], rows[-1]["step"]
+    leads = {arm: paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in arms_of(rows) if arm != "rewind"}
+
+    def markdown(lines: list[list[str]]) -> str:
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
     def spread(values: np.ndarray, digits: int) -> str:
         return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
-    def stop(steps: np.ndarray) -> str:
-        missed = np.count_nonzero(np.isinf(steps))
-        bounds = spread(np.minimum(steps, last), 0)
-        return "not reached" if missed == steps.size else f"≥ {bounds}, {missed} not reached" if missed else bounds
+    def stop(arm: str, level: int) -> str:
+        steps, accuracy = early_stop(rows, arm)[level], at_early_stop(rows, arm)[level].mean()
+        missed = int(np.isinf(steps).sum())
+        step = f"{accuracy:.2f} at {'≥ ' * (missed > 0)}{spread(np.minimum(steps, last), 0)}"
+        return "not reached" if missed == steps.size else step + f", {missed} not reached" * (missed > 0)
 
-    intervals = [paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in rivals]
-    table = [["level", "weights remaining"], ["---"] * (2 + 2 * len(arms) + len(rivals))]
-    table[0] += [f"{arm}: test accuracy, %" for arm in arms] + [f"rewind - {arm}, points" for arm in rivals]
-    table[0] += [f"{arm}: early-stop step" for arm in arms]
+    def lead(arm: str, level: int) -> str:
+        mean, half = (statistic[level] for statistic in leads[arm])
+        return f"{mean:+.2f} ± {half:.2f}".replace(" ± nan", "") if level else ""
+
+    table = [["level", "weights remaining", *(f"{arm}: test accuracy, %" for arm in arms),
+              *(f"rewind - {arm}, points" for arm in leads), *(f"{arm}: at early stop, % and step" for arm in arms)]]
     for level, left in enumerate(remaining(rows)):
-        cells = [f"{level}" if level else "0 (dense)", f"{left:.1f} %"]
-        cells += [spread(final(rows, arm)[level], 2) for arm in arms]
-        for mean, half in intervals:
-            cells.append("" if level == 0 else f"{mean[level]:+.2f} ± {half[level]:.2f}".replace(" ± nan", ""))
-        table.append(cells + [stop(early_stop(rows, arm)[level]) for arm in arms])
-    finished = max(row["level"] for row in rows)
+        table.append([f"{level}" if level else "0 (dense)", f"{left:.1f} %",
+                      *(spread(final(rows, arm)[level], 2) for arm in arms), *(lead(arm, level) for arm in leads),
+                      *(stop(arm, level) for arm in arms)])
     unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
-    lines = {"unfinished": unfinished if finished < settings["LEVELS"] else "",
-             "verdict": "\n".join(f"- {sentence}" for sentence in verdict(rows)),
-             "table": "\n".join(f"| {' | '.join(cells)} |" for cells in table),
-             "constants": "\n".join(f"{name} = {value!r}" for name, value in settings.items()),
-             "versions": ", ".join(f"{library.__name__} {library.__version__}"
-                                   for library in (torch, torchvision, np, matplotlib, sns))}
+    sentences = "\n".join(f"- {sentence}" for sentence in verdict(rows))
+    values = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    versions = ", ".join(f"{library.__name__} {library.__version__}"
+                         for library in (torch, torchvision, np, matplotlib, sns))
     return f"""# {rows[0]["dataset"]}, {rows[0]["model"]}: {", ".join(arms)}
-{lines["unfinished"]}
-{lines["verdict"]}
+{unfinished * (finished < settings["LEVELS"])}
+{sentences}
 
 Accuracies are those after the last step, {last}: mean (lowest to highest) over the trials. Differences are paired by
-trial: mean ± half of the 95 % interval. The early-stop step is that of the lowest validation loss; where this is the
-last evaluation, an early stop was not reached, and the mean is a lower bound.
+trial: mean ± half of the 95 % interval. The early stop is the evaluation with the lowest validation loss, its accuracy
+the mean there; where it is the last evaluation, an early stop was not reached, and the step is a lower bound.
 
-{lines["table"]}
+{markdown(table)}
 
 ## Constants and versions
 
 ```
-{lines["constants"]}
+{values}
 ```
 
-Python {platform.python_version()}, {lines["versions"]}; on {device}, {torch.get_num_threads()} CPU threads.
+Python {platform.python_version()}, {versions}; on {device}, {torch.get_num_threads()} CPU threads.
+
+## The paper's claims
+
+Differences are in favour of the claim where positive: mean over n trials ± half of the 95 % interval by Student's t,
+paired by trial. Borne out means that the whole interval lies above zero (of matching: that the mean is not below it).
+
+{markdown([["claim", "weights remaining", "n", "difference", "in this run"], *claims(rows)])}
 """
 
 
@@ -921,9 +978,8 @@ def chosen_levels(rows: list[dict]) -> list[int]:
     return sorted({1 + int(np.abs(np.log(left / percent)).argmin()) for percent in (51.3, 21.1, 7.0, 3.6)})
 
 
-def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
+def draw_accuracy(axes: plt.Axes, rows: list[dict], arms: list[str]) -> None:
     """Final test accuracy versus weights remaining, the dense networks dashed; one scale whichever arms are drawn."""
-    figure, (axes,) = new_figure(rows, "mean, lowest to highest", 1, (8, 5.2))
     dense, everything = final(rows, "dense")[0], np.concatenate([final(rows, arm) for arm in arms_of(rows)])
     axes.axhline(dense.mean(), color=COLOURS["dense"], linestyle="--", label=f"dense ({dense.mean():.2f} %)")
     for arm in arms:
@@ -931,8 +987,36 @@ def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
                      ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=arm)
     scale_weights_remaining(axes, rows)
     margin = 0.05 * np.ptp(everything) + 0.01
-    axes.set(ylim=(everything.min() - margin, everything.max() + margin), ylabel="test accuracy (%)", title=title)
+    axes.set(ylim=(everything.min() - margin, everything.max() + margin), ylabel="test accuracy (%)")
     axes.legend(loc="lower left")
+
+
+def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
+    """Accuracy versus weights remaining of some arms."""
+    figure, (axes,) = new_figure(rows, "mean, lowest to highest", 1, (8, 5.2))
+    draw_accuracy(axes, rows, arms)
+    axes.set(title=title)
+    return figure
+
+
+def transfer_plot(rows: list[dict], found_on: str) -> plt.Figure:
+    """Are tickets found on another dataset as good as those found here? Accuracies, and paired differences."""
+    others = [arm for arm in ("rewind", "reinit") if arm in arms_of(rows)]
+    figure, (left, right) = new_figure(rows, f"do tickets found on {found_on} train well?", 2, (13, 5.2))
+    draw_accuracy(left, rows, [*others, "transfer"])
+    labels = {"rewind": f"ticket found on {rows[0]['dataset']}", "transfer": f"ticket found on {found_on}",
+              "reinit": f"{rows[0]['dataset']}'s masks, drawn anew"}
+    handles, names = left.get_legend_handles_labels()
+    left.legend(handles, [labels.get(name, name) for name in names], loc="lower left")
+    left.set(title="mean, lowest to highest")
+    for arm in others:
+        mean, half = paired_interval(final(rows, "transfer") - final(rows, arm))
+        right.plot(remaining(rows), mean, color=COLOURS[arm], marker=MARKERS[arm], label=f"minus {labels[arm]}")
+        right.fill_between(remaining(rows), mean - half, mean + half, color=COLOURS[arm], alpha=0.2, linewidth=0)
+    right.axhline(0, color=COLOURS["dense"], linestyle="--")
+    scale_weights_remaining(right, rows)
+    right.set(ylabel="test accuracy (points)", title=f"ticket found on {found_on}, paired difference, 95 % interval")
+    right.legend(loc="best")
     return figure
 
 
@@ -965,7 +1049,8 @@ def learning_curves(rows: list[dict]) -> plt.Figure:
         for arm, at in {"dense": 0, **dict.fromkeys(arms_of(rows), level)}.items():
             steps, accuracy = (measured(rows, arm, column)[at].ravel() for column in ("step", "test_accuracy"))
             sns.lineplot(x=steps, y=accuracy, errorbar=("pi", 100), ax=axes, color=COLOURS[arm], label=arm,
-                         marker=MARKERS[arm], linestyle="-" if at else "--", legend=axes is panels[0])
+                         marker=MARKERS[arm], markevery=1 + len(set(steps)) // 15, linestyle="-" if at else "--",
+                         legend=axes is panels[0])
         axes.set(xlabel="training step", ylabel="test accuracy (%)", title=f"{remaining(rows)[level]:.1f} % remaining")
     return figure
 
@@ -1001,8 +1086,8 @@ def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
     return figure
 
 
-def draw_figures(rows: list[dict], pruned_at: Masks) -> dict[str, plt.Figure]:
-    """Every figure that the run's arms and levels give, by file name."""
+def draw_figures(rows: list[dict], pruned_at: Masks, found_on: str | None) -> dict[str, plt.Figure]:
+    """Every figure that the run's arms and levels give, by file name. `found_on`: the transferred tickets' dataset."""
     figures = {"learning_curves.png": learning_curves(rows)}
     if arms_of(rows):
         figures["accuracy_plot_iterative.png"] = accuracy_plot(rows, ["rewind"], "Pruned, survivors rewound")
@@ -1012,6 +1097,8 @@ def draw_figures(rows: list[dict], pruned_at: Masks) -> dict[str, plt.Figure]:
         figures["mask_plot.png"] = plot(rows, pruned_at[layer])
     if "reinit" in arms_of(rows):
         figures["accuracy_plot_reinit.png"] = accuracy_plot(rows, ["reinit"], "The same masks, survivors drawn anew")
+    if "transfer" in arms_of(rows):
+        figures["transfer_plot.png"] = transfer_plot(rows, found_on)
     return figures
 
 
@@ -1043,20 +1130,22 @@ def make_room(folder: Path, metrics: bytes) -> None:
         print(f"the results of an earlier run are now in {previous}", flush=True)
 
 
-def write_results(state: dict, folder: Path, device: torch.device) -> None:
+def write_results(state: dict, given: dict | None, folder: Path, device: torch.device) -> None:
     """Write summary, records and figures of the finished levels, and after the last one the tickets."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(state["rows"])
-    contents = {"summary.md": summary(state["rows"], constants(), str(device)).encode(),
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    contents = {"summary.md": summary(state["rows"], constants(), machine).encode(),
                 "metrics.csv": text.getvalue().encode()}
     with one_at_a_time(folder):
         make_room(folder, contents["metrics.csv"])
         for name, content in contents.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
         matplotlib.use("Agg")                               # files only: no window, no display needed
-        for name, figure in draw_figures(state["rows"], state["pruned_at"]).items():
+        found_on = given and given["constants"]["DATASET"]
+        for name, figure in draw_figures(state["rows"], state["pruned_at"], found_on).items():
             write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
             plt.close(figure)
         if state["level"] == LEVELS:
@@ -1066,9 +1155,7 @@ def write_results(state: dict, folder: Path, device: torch.device) -> None:
             remove_unfinished(folder / name)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Main ------------------------------------------------------------------------------------------------------------
 
 def nearest(name: str, known: list[str]) -> str:
     """A suggestion to end an error with, or nothing."""
@@ -1092,7 +1179,7 @@ def read_arguments(arguments: list[str]) -> dict:
             value = text
         if name == "ARMS" and isinstance(value, str | list):
             value = tuple(value.split(",") if isinstance(value, str) else value)
-        elif value is not None and not isinstance(value, str) and str in RULES[name][0]:
+        elif value is not None and not isinstance(value, str) and isinstance("", RULES[name][0]):
             value = text                                    # a folder may be called 2026
         values[name] = value
     return values
@@ -1102,7 +1189,7 @@ def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
     for name, (types, condition, words) in RULES.items():
         value = globals()[name]
-        if type(value) not in types or not condition(value):
+        if isinstance(value, bool) != (types is bool) or not isinstance(value, types) or not condition(value):
             known = words.removeprefix("one of ").split(", ") if words.startswith("one of ") else []
             raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, known))
     steps = EPOCHS * steps_per_epoch()
@@ -1112,13 +1199,6 @@ def check_constants() -> None:
         raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    if TICKETS_FROM is not None:
-        if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
-            raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
-        given = load_tickets(TICKETS_FROM)["constants"]
-        if given["MODEL"] != MODEL or given["TRIALS"] < TRIALS or given["LEVELS"] < LEVELS:
-            raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {given['TRIALS']} trials and {given['LEVELS']} levels "
-                            f"of {given['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
     network = build_network(MODEL, DROPOUT)
     rates = prune_rates(network)
     left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
@@ -1132,17 +1212,38 @@ def check_constants() -> None:
         left[name] -= gone
 
 
-def choose_device() -> torch.device:
-    """DEVICE, or the fastest kind that is there."""
+def check_tickets() -> dict | None:
+    """The tickets from TICKETS_FROM, if any; they must fit the constants, and stay clear of this run's own."""
+    if TICKETS_FROM is None:
+        return None
+    if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
+        raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
+    given = load_tickets(TICKETS_FROM)
+    held = given["constants"]
+    if held["MODEL"] != MODEL or held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
+        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels of "
+                        f"{held['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
+    return given
+
+
+def prepare_device() -> torch.device:
+    """DEVICE, or the fastest kind that is there, set up: on CUDA with a stream on which graphs can be captured."""
+    torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = TF32
+    device = DEVICE
     if DEVICE in ("auto", "cuda") and torch.cuda.is_available():        # a GPU for each of a machine's processes
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if DEVICE == "auto":
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    elif DEVICE == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=DEVICE).device
+        device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
                         "DEVICE=auto takes what there is.") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())
+    return device
 
 
 def prepare_results_folder() -> Path:
@@ -1178,8 +1279,7 @@ def main(arguments: list[str]) -> None:
         return
     globals().update(read_arguments(arguments))
     check_constants()
-    folder, device, checkpoint = prepare_results_folder(), choose_device(), checkpoint_path()
-    torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
+    given, folder, device, checkpoint = check_tickets(), prepare_results_folder(), prepare_device(), checkpoint_path()
     rank, processes = process()
     with faults_in_one_sentence(device):
         state = load_state(checkpoint)
@@ -1187,14 +1287,14 @@ def main(arguments: list[str]) -> None:
             sys.stdout = io.StringIO()                      # the first process speaks for all
         try:
             if own_trials():
-                run_experiment(state, load_dataset(device), device, checkpoint)
+                run_experiment(state, load_dataset(device), given, device, checkpoint)
         finally:                        # whatever ends the run: of the finished levels there are results
             if processes == 1 and state["rows"]:
-                write_results(state, folder, device)
+                write_results(state, given, folder, device)
         if processes > 1:
             state = gather(state)
             if rank == 0:
-                write_results(state, folder, device)
+                write_results(state, given, folder, device)
             torch.distributed.barrier()                     # until the results are there, each keeps its checkpoint
         checkpoint.unlink(missing_ok=True)
         remove_unfinished(checkpoint)

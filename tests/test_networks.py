@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 BAR = tqdm(disable=True)
@@ -155,3 +157,61 @@ def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist):
             assert torch.equal(few[name], five[name][:trials]), name
         for measures, more in zip(evaluations, five_evaluations, strict=True):
             assert all(torch.equal(a, b[:trials]) for a, b in zip(measures[1:], more[1:], strict=True))
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph where there is no GPU: every kernel call, with its arguments as they were. Played
+    again, the calls read and write the same memory; Python is not asked again, as with a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, call, _types, arguments=(), options=None):
+        assert call is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        result = call(*arguments, **(options or {}))
+        self.calls.append((call, arguments, options or {}, result))
+        return result
+
+    @torch.no_grad()
+    def play(self):
+        for call, arguments, options, recorded in self.calls:
+            for new, old in zip(tree_leaves(call(*arguments, **options)), tree_leaves(recorded), strict=True):
+                if new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet"])
+def test_a_captured_step_trains_as_the_step_itself(lth, mnist, monkeypatch, model):
+    """To the bit, dropout, clipping and decay included: all that changes from step to step is in the same memory."""
+    data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
+    lth.use(MODEL=model, TRIALS=2, BATCH_SIZE=50, EVAL_EVERY=8)
+    weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in (0, 1, 0, 1)])
+    masks = lth.prune(weights, lth.full_masks(weights), lth.prune_rates(lth.build_network(model, 0)), "layer")
+
+    def train():
+        return lth.train(lth.masked(weights, masks), masks, data, ("rewind", "reinit"), level=1, steps=20, bar=BAR)
+
+    def capture(step, _):
+        tape, played = Tape(), []
+        with tape:
+            step()                                              # to record, the step is taken: the first replay
+
+        def replay():
+            if played:
+                tape.play()
+            played.append(True)
+
+        replays.append(played)
+        return replay
+
+    replays = []
+    expected, evaluations = train()
+    monkeypatch.setattr(lth, "graphs_work", lambda _: True)
+    monkeypatch.setattr(lth, "capture", capture)
+    captured, captured_evaluations = train()
+    assert [len(played) for played in replays] == [17]          # steps 4 to 20
+    assert all(torch.equal(captured[name], tensor) for name, tensor in expected.items())
+    for measures, others in zip(evaluations, captured_evaluations, strict=True):
+        assert measures[0] == others[0]
+        assert all(torch.equal(a, b) for a, b in zip(measures[1:], others[1:], strict=True))
