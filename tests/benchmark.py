@@ -157,12 +157,12 @@ def main() -> None:
     given = lth.read_arguments(sys.argv[1:])
     vars(lth).update(given)
     lth.check_constants()
-    torch.set_flush_denormal(True)
-    devices = [lth.choose_device()] if "DEVICE" in given or not torch.cuda.is_available() else ["cpu", "cuda"]
+    devices = [lth.DEVICE] if "DEVICE" in given or not torch.cuda.is_available() else ["cpu", "cuda"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
           + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "") + f"; median of {ROUNDS} rounds")
     source = mnist_as_in_tutorials()
-    for device in map(torch.device, devices):
+    for lth.DEVICE in devices:
+        device = lth.prepare_device()
         data = lth.load_dataset(device)
         for model, batch in itertools.product([given["MODEL"]] if "MODEL" in given else ["mlp", "lenet"],
                                               [given["BATCH_SIZE"]] if "BATCH_SIZE" in given else [60, 128]):

@@ -177,7 +177,7 @@ class Tape(TorchDispatchMode):
     def play(self):
         for call, arguments, options, recorded in self.calls:
             for new, old in zip(tree_leaves(call(*arguments, **options)), tree_leaves(recorded), strict=True):
-                if new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr():
+                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():          # no view of an argument
                     old.copy_(new)
 
 
