@@ -76,7 +76,7 @@ TRIALS        = 5                     # initialisations, each with its own data 
 LEVELS        = 16                    # pruning rounds; 0 trains the dense networks alone
 PRUNE_RATE    = 0.2                   # of the surviving weights, per level; half of it in convolutions and the output
 PRUNE_SCOPE   = "layer"               # smallest weights layer by layer, or "global": over all layers at one rate
-REWIND_STEP   = 0                     # rewind to the weights after this many steps instead of the initial ones
+REWIND_STEP   = 0                     # rewind to the weights after this many steps, and train the remaining ones
 TICKETS_FROM  = None                  # the tickets.pt of another run, for the arm "transfer"
 SEED          = 42                    # one seed, one result
 
@@ -554,8 +554,10 @@ def capture(step: Callable[[], None], random: torch.Generator) -> Callable[[], N
 
 
 def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], arms: tuple[str, ...], level: int,
-          steps: int, bar: tqdm) -> tuple[Weights, list[tuple]]:
+          steps: int, bar: tqdm, begin: int = 0) -> tuple[Weights, list[tuple]]:
     """Train a stack of networks, arm after arm of one per trial; the trials of all arms see the same batches.
+
+    With `begin`, the weights are those after so many steps, and only the remaining ones are taken.
 
     Pruned weights stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh
     AdamW zero gradients leave zero moments, which decoupled decay leaves alone.
@@ -590,9 +592,9 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
         train_loss.add_(loss.detach())
 
     run = train_step
-    for step in range(1, steps + 1):
+    for step in range(begin + 1, steps + 1):
         batch.copy_(next(order).repeat(nets // len(trials), 1))
-        if step == 4 and graphs_work(device):                       # three steps warm the libraries up
+        if step == begin + 4 and graphs_work(device):               # three steps warm the libraries up
             run = capture(train_step, dropout)
         run()
         since += 1
@@ -697,7 +699,7 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], given: d
     """
     steps, trials, (rank, processes) = EPOCHS * steps_per_epoch(), len(own_trials()), process()
     # The unit of progress is one step of one network: level 0 has fewer networks than the others.
-    work = [trials * (steps + REWIND_STEP)] + LEVELS * [trials * len(ARMS) * steps]
+    work = [trials * (steps + REWIND_STEP)] + LEVELS * [trials * len(ARMS) * (steps - REWIND_STEP)]
     before, begun = sum(work[:state["level"] + 1]), time.monotonic()
     if processes > 1:
         print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
@@ -711,7 +713,8 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], given: d
             pruned_at = prune_tickets(state, level) if level else state["pruned_at"]
             weights, masks = start_arms(state, arms, masks_at(pruned_at, level), given, level)
             weights, masks = ({name: t.to(device) for name, t in tensors.items()} for tensors in (weights, masks))
-            trained, evaluations = train(weights, masks, data, arms, level, steps, bar)
+            begin = REWIND_STEP if level else 0
+            trained, evaluations = train(weights, masks, data, arms, level, steps, bar, begin)
             first = trials * arms.index("rewind" if level else "dense")
             trained = {name: tensor[first:first + trials].clone().cpu() for name, tensor in trained.items()}
             new = {"level": level, "rows": state["rows"] + records(level, arms, masks, evaluations),
@@ -764,10 +767,14 @@ def arms_of(rows: list[dict]) -> list[str]:
 
 
 def measured(rows: list[dict], arm: str, column: str) -> np.ndarray:
-    """A column as an array (levels, trials, evaluations); level 0, the dense networks, is where every arm starts."""
+    """A column as an array (levels, trials, evaluations); level 0, the dense networks, is where every arm starts.
+
+    Of the dense networks' evaluations, only those are taken that the arm has, too: after REWIND_STEP.
+    """
     rows = [row for row in rows if row["arm"] in ("dense", arm)]
-    trials, evaluations = len({row["trial"] for row in rows}), len({row["step"] for row in rows})
-    return np.array([row[column] for row in rows]).reshape(-1, trials, evaluations)
+    steps = {row["step"] for row in rows if row["level"] == rows[-1]["level"]}
+    values = [row[column] for row in rows if row["step"] in steps]
+    return np.array(values).reshape(-1, len({row["trial"] for row in rows}), len(steps))
 
 
 def final(rows: list[dict], arm: str, column: str = "test_accuracy") -> np.ndarray:

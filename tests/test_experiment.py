@@ -190,15 +190,26 @@ def test_all_arms_and_transferred_tickets(reduced_run, lth, tmp_path):
         row["weights_remaining"] for row in read_metrics(reduced_run[0]) if row["level"] == 2}
 
 
-def test_late_rewinding_goes_back_to_the_weights_of_that_step(lth, small, tmp_path):
-    """theta0 of a run with REWIND_STEP=8 is what training the same networks for 8 steps gives."""
-    run_here(lth, tmp_path, *TINY, "REWIND_STEP=8", "LEVELS=0")
-    theta0 = torch.load(tmp_path / "tickets.pt", weights_only=True)["theta0"]
+def test_late_rewinding_goes_back_to_that_step_and_trains_the_rest(lth, small, tmp_path):
+    """theta0 of a run with REWIND_STEP=4 is what training the same networks for 4 of their 11 steps gives; the pruned
+    networks' rows are what their last 7 steps give from there."""
+    run_here(lth, tmp_path, *TINY, "REWIND_STEP=4", "LEVELS=1", "EVAL_EVERY=3")
+    tickets = torch.load(tmp_path / "tickets.pt", weights_only=True)
     start = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(2)])
-    early, _ = lth.train(start, lth.full_masks(start), small, ("dense",), 0, steps=8, bar=lth.tqdm(disable=True))
+    bar, everything = lth.tqdm(disable=True), lth.full_masks(start)
+    early, _ = lth.train(start, everything, small, ("dense",), 0, steps=4, bar=bar)
     for name, tensor in early.items():
-        assert torch.equal(theta0[name], tensor)
-        assert not torch.equal(theta0[name], start[name])
+        assert torch.equal(tickets["theta0"][name], tensor)
+        assert not torch.equal(tickets["theta0"][name], start[name])
+    masks, rows = lth.masks_at(tickets["pruned_at"], 1), read_metrics(tmp_path)
+    lth.use(EVAL_EVERY=7)                                                       # after seven steps, the last
+    _, ((_, _, losses, *_),) = lth.train(lth.masked(early, masks), masks, small, ("rewind",), 1, steps=7, bar=bar)
+    for arm, level, steps in (("dense", 0, [3, 6, 9, 11]), ("rewind", 1, [6, 9, 11]), ("reinit", 1, [6, 9, 11])):
+        found = [row for row in rows if (row["arm"], row["level"]) == (arm, level)]
+        assert [row["step"] for row in found] == 2 * steps
+    ends = [row["val_loss"] for row in rows if (row["arm"], row["step"]) == ("rewind", 11)]
+    assert ends == [float(f"{loss:.6g}") for loss in losses]
+    check_figures(tmp_path, FIGURES)
 
 
 def test_lenet(lth, small, tmp_path):
