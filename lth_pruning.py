@@ -37,7 +37,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 if __name__ == "__main__":
     STOPPED = "\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them."
@@ -144,20 +143,23 @@ def beside_script(path: str) -> Path:
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
-def write_whole(path: Path, write: Callable[[IO], None]) -> None:
-    """Write what `write` gives under a temporary name, then rename it: nobody ever sees half a file.
-
-    By way of memory: on a full disk torch.save would raise a RuntimeError of its own, this raises the OSError.
-    """
-    unfinished, content = path.with_name(f".{path.name}.{os.getpid()}"), io.BytesIO()
-    write(content)
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: nobody ever sees half a file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             os.fsync(file.fileno())                         # on the disk before its name: power may fail, too
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def packed(tensors: dict) -> bytes:
+    """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    return content.getvalue()
 
 
 def remove_unfinished(path: Path) -> None:
@@ -724,7 +726,7 @@ def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], given: d
                 if REWIND_STEP:                             # the same first steps again: the weights to rewind to
                     early, _ = train(weights, masks, data, arms, level, REWIND_STEP, bar)
                     new["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
-            write_whole(checkpoint, functools.partial(torch.save, state | new))
+            write_whole(checkpoint, packed(state | new))
             state.update(new)                               # at once: whatever ends the run finds whole levels
 
             left = (time.monotonic() - begun) * sum(work[level + 1:]) / (sum(work[:level + 1]) - before)
@@ -1007,23 +1009,22 @@ def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
 
 
 def transfer_plot(rows: list[dict], found_on: str) -> plt.Figure:
-    """Are tickets found on another dataset as good as those found here? Accuracies, and paired differences."""
-    others = [arm for arm in ("rewind", "reinit") if arm in arms_of(rows)]
+    """Do tickets found on another dataset train as well as those found here? Accuracies, and paired differences."""
     figure, (left, right) = new_figure(rows, f"do tickets found on {found_on} train well?", 2, (13, 5.2))
-    draw_accuracy(left, rows, [*others, "transfer"])
     labels = {"rewind": f"ticket found on {rows[0]['dataset']}", "transfer": f"ticket found on {found_on}",
-              "reinit": f"{rows[0]['dataset']}'s masks, drawn anew"}
+              "reinit": f"{rows[0]['dataset']}'s mask, new weights"}
+    draw_accuracy(left, rows, [arm for arm in labels if arm in arms_of(rows)])
     handles, names = left.get_legend_handles_labels()
     left.legend(handles, [labels.get(name, name) for name in names], loc="lower left")
     left.set(title="mean, lowest to highest")
-    for arm in others:
+    right.axhline(0, color=COLOURS["dense"], linestyle="--")
+    for arm in [arm for arm in ("rewind", "reinit") if arm in arms_of(rows)]:
         mean, half = paired_interval(final(rows, "transfer") - final(rows, arm))
         right.plot(remaining(rows), mean, color=COLOURS[arm], marker=MARKERS[arm], label=f"minus {labels[arm]}")
         right.fill_between(remaining(rows), mean - half, mean + half, color=COLOURS[arm], alpha=0.2, linewidth=0)
-    right.axhline(0, color=COLOURS["dense"], linestyle="--")
     scale_weights_remaining(right, rows)
-    right.set(ylabel="test accuracy (points)", title=f"ticket found on {found_on}, paired difference, 95 % interval")
-    right.legend(loc="best")
+    right.set(ylabel=f"ticket found on {found_on} (points)", title="paired difference, mean and 95 % interval")
+    right.legend(loc="lower left")
     return figure
 
 
@@ -1139,25 +1140,24 @@ def make_room(folder: Path, metrics: bytes) -> None:
 
 def write_results(state: dict, given: dict | None, folder: Path, device: torch.device) -> None:
     """Write summary, records and figures of the finished levels, and after the last one the tickets."""
-    text = io.StringIO()
+    rows, pruned_at, text = state["rows"], state["pruned_at"], io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(state["rows"])
+    writer.writerows(rows)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    contents = {"summary.md": summary(state["rows"], constants(), machine).encode(),
-                "metrics.csv": text.getvalue().encode()}
+    metrics = text.getvalue().encode()
     with one_at_a_time(folder):
-        make_room(folder, contents["metrics.csv"])
-        for name, content in contents.items():
-            write_whole(folder / name, lambda file, content=content: file.write(content))
+        make_room(folder, metrics)
+        write_whole(folder / "summary.md", summary(rows, constants(), machine).encode())
+        write_whole(folder / "metrics.csv", metrics)
         matplotlib.use("Agg")                               # files only: no window, no display needed
-        found_on = given and given["constants"]["DATASET"]
-        for name, figure in draw_figures(state["rows"], state["pruned_at"], found_on).items():
-            write_whole(folder / name, functools.partial(figure.savefig, format="png", dpi=150))
+        for name, figure in draw_figures(rows, pruned_at, given and given["constants"]["DATASET"]).items():
+            figure.savefig(image := io.BytesIO(), dpi=150)
             plt.close(figure)
+            write_whole(folder / name, image.getvalue())
         if state["level"] == LEVELS:
-            tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": state["pruned_at"]}
-            write_whole(folder / "tickets.pt", functools.partial(torch.save, tickets))
+            tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": pruned_at}
+            write_whole(folder / "tickets.pt", packed(tickets))
         for name in OUTPUTS:
             remove_unfinished(folder / name)
 

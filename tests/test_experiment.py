@@ -190,6 +190,18 @@ def test_all_arms_and_transferred_tickets(reduced_run, lth, tmp_path):
         row["weights_remaining"] for row in read_metrics(reduced_run[0]) if row["level"] == 2}
 
 
+def test_a_ticket_brought_back_to_where_it_was_found_is_the_ticket(lth, small, tmp_path):
+    """Level by level and trial by trial, to the last digit; so transfer takes masks and theta0 from the file as they
+    are. Without reinit, and in another order of arms."""
+    run_here(lth, tmp_path / "first", *TINY)
+    run_here(lth, tmp_path / "second", *TINY, "ARMS=transfer,rewind", f"TICKETS_FROM={tmp_path / 'first/tickets.pt'}")
+    rows = [{**row, "arm": ""} for row in read_metrics(tmp_path / "second") if row["arm"] == "transfer"]
+    assert len(rows) == 4
+    assert rows == [{**row, "arm": ""} for row in read_metrics(tmp_path / "first") if row["arm"] == "rewind"]
+    drawn = {path.name for path in (tmp_path / "second").glob("*.png")}
+    assert drawn == FIGURES - {"accuracy_plot_reinit.png"} | {"transfer_plot.png"}
+
+
 def test_late_rewinding_goes_back_to_that_step_and_trains_the_rest(lth, small, tmp_path):
     """theta0 of a run with REWIND_STEP=4 is what training the same networks for 4 of their 11 steps gives; the pruned
     networks' rows are what their last 7 steps give from there."""

@@ -236,10 +236,10 @@ def test_transfer_figure_shows_accuracies_and_paired_differences(lth):
     drawn = {line.get_label(): line.get_ydata() for line in accuracy.get_lines()}
     assert drawn["transfer"] == pytest.approx([97.4, 97.4, 97.4, 97.0])                 # seaborn sorts by the abscissa
     labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
-    assert labels == ["dense (97.00 %)", "ticket found on MNIST", "MNIST's masks, drawn anew", "ticket found on KMNIST"]
+    assert labels == ["dense (97.00 %)", "ticket found on MNIST", "ticket found on KMNIST", "MNIST's mask, new weights"]
     drawn = {line.get_label(): line.get_ydata() for line in difference.get_lines()}
     assert drawn["minus ticket found on MNIST"] == pytest.approx([0, -0.3, -0.3, -0.3])
-    assert drawn["minus MNIST's masks, drawn anew"] == pytest.approx([0, 1.3, 1.3, 1.3])
+    assert drawn["minus MNIST's mask, new weights"] == pytest.approx([0, 1.3, 1.3, 1.3])
     half = 4.303 * statistics.stdev([-0.5, -0.3, -0.1]) / math.sqrt(3)
     band = difference.collections[0].get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx((-0.3 - half, max(0, -0.3 + half)), abs=1e-3)
