@@ -35,7 +35,7 @@ import tempfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -332,12 +332,29 @@ def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
     return network
 
 
-def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -> list[Tensor]:
+    """Room for the factors (images, units) of each dropout layer.
+
+    They serve the whole stack: drawn for each network they would cost as much time as a matrix product, and a trial's
+    result would depend on how many others run beside it.
+    """
+    dropped = [layer.out_features for name, layer in weighted_layers(network).items()
+               if isinstance(layer, nn.Linear) and name != "output"]
+    return [torch.empty(images, units, device=device) for units in dropped]
+
+
+def draw_dropout(factors: list[Tensor], random: torch.Generator) -> None:
+    """Draw the factors anew, in place: 0 for units that are dropped, else such that the mean stays."""
+    for factor in factors:
+        factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
+
+
+def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
     """Logits (nets, batch, 10) of a stack's networks, each on its own images x (nets, batch, 1, 28, 28).
 
-    With a generator, hidden units are dropped by one mask for the whole stack: a mask per network costs as much time
-    as a matrix product, and would make a trial's result depend on how many others run beside it.
+    With factors (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none.
     """
+    dropout = iter(dropout)
     for name, layer in network.named_children():
         if isinstance(layer, nn.Linear):
             operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
@@ -350,9 +367,8 @@ def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: torch.
         elif isinstance(layer, nn.Flatten):
             x = torch.stack([images.flatten(1) for images in x]) if isinstance(x, list) else x.flatten(2)
         elif isinstance(layer, nn.Dropout):
-            if dropout is not None and layer.p > 0:
-                keep = torch.empty(x.shape[1:], device=x.device).bernoulli_(1 - layer.p, generator=dropout)
-                x = x * keep.div_(1 - layer.p)      # (batch, units), for all networks
+            factor = next(dropout, None)
+            x = x if factor is None else x * factor
         else:                                       # ReLU and pooling hold no weights
             x = [layer(images) for images in x] if isinstance(x, list) else layer(x)
     return x
@@ -542,14 +558,13 @@ def graphs_work(device: torch.device) -> bool:
         return False
 
 
-def capture(step: Callable[[], None], random: torch.Generator) -> Callable[[], None]:
-    """A function that repeats all that the step does on the GPU, with its random numbers, by one launch.
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """A function that repeats all that the step does on the GPU by one launch.
 
-    The step must have run before, on the same stream, and read and write the same tensors each time. It does not run
-    while it is captured.
+    The step must have run before, on the same stream, must read and write the same tensors each time, and draw no
+    random numbers. It does not run while it is captured.
     """
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(random)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     return graph.replay
@@ -579,12 +594,13 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     gradients = as_views(gradient_rows, weights)
     optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True,
                                   capturable=device.type == "cuda")
+    factors = dropout_factors(network, BATCH_SIZE, device) if DROPOUT else []
     dropout, order = generator("dropout", level=level, device=device), batches(len(images), level, device)
     batch = torch.empty(nets, BATCH_SIZE, dtype=torch.int64, device=device)
     train_loss, since, evaluations = torch.zeros(nets, device=device), 0, []
 
     def train_step() -> None:
-        loss = losses(forward(network, weights, images[batch], dropout), labels[batch])     # (nets,)
+        loss = losses(forward(network, weights, images[batch], factors), labels[batch])     # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
             torch.mul(gradient, masks.get(name, 1), out=gradients[name])
@@ -596,8 +612,9 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     run = train_step
     for step in range(begin + 1, steps + 1):
         batch.copy_(next(order).repeat(nets // len(trials), 1))
+        draw_dropout(factors, dropout)
         if step == begin + 4 and graphs_work(device):               # three steps warm the libraries up
-            run = capture(train_step, dropout)
+            run = capture(train_step)
         run()
         since += 1
         if step % EVAL_EVERY == 0 or step == steps:

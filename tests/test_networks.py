@@ -122,7 +122,11 @@ def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
     weights["fc2.weight"] += 1 / 300
     weights["output.weight"] += 1 / 100
     x = torch.zeros(2, 4_000, 1, 28, 28)
-    dropped = lth.forward(network, weights, x, torch.Generator().manual_seed(0))
+    lth.use(DROPOUT=0.3)
+    factors = lth.dropout_factors(network, 4_000, x.device)
+    assert [factor.shape for factor in factors] == [(4_000, 300), (4_000, 100)]
+    lth.draw_dropout(factors, torch.Generator().manual_seed(0))
+    dropped = lth.forward(network, weights, x, factors)
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
     assert dropped.std().item() > 0.02
     assert torch.equal(dropped[0], dropped[1])                                  # one mask serves the whole stack
@@ -192,7 +196,7 @@ def test_a_captured_step_trains_as_the_step_itself(lth, mnist, monkeypatch, mode
     def train():
         return lth.train(lth.masked(weights, masks), masks, data, ("rewind", "reinit"), level=1, steps=20, bar=BAR)
 
-    def capture(step, _):
+    def capture(step):
         tape, played = Tape(), []
         with tape:
             step()                                              # to record, the step is taken: the first replay
