@@ -219,3 +219,17 @@ def test_a_captured_step_trains_as_the_step_itself(lth, mnist, monkeypatch, mode
     for measures, others in zip(evaluations, captured_evaluations, strict=True):
         assert measures[0] == others[0]
         assert all(torch.equal(a, b) for a, b in zip(measures[1:], others[1:], strict=True))
+
+
+def test_where_graphs_cannot_be_captured_a_line_says_so(lth, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("CUDA error: operation not permitted\nmore that nobody reads")
+
+    lth.graphs_work.cache_clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    assert not lth.graphs_work(torch.device("cuda")) and not lth.graphs_work(torch.device("cuda"))
+    said = "CUDA graphs do not work here (CUDA error: operation not permitted): steps are launched one by one\n"
+    assert capsys.readouterr().out == said
+    assert not lth.graphs_work(torch.device("cpu"))
+    assert capsys.readouterr().out == ""
+    lth.graphs_work.cache_clear()
