@@ -885,8 +885,9 @@ def claims(rows: list[dict]) -> list[list[str]]:
         return np.minimum(last, moment(rows, arm)[0 if arm == "dense" else level]) - moment(rows, "rewind")[level]
 
     def match(level: int) -> np.ndarray:
-        bounds = {denser: sum(paired_interval(lead(denser)[None])) for denser in range(1, level)}
-        return lead(next((denser for denser, upper in bounds.items() if upper < 0), level))
+        mean, half = paired_interval(final(rows, "rewind") - dense)
+        below = np.flatnonzero((mean + half)[1:level] < 0)
+        return lead(1 + below[0] if below.size else level)
 
     def outlast(arm: str) -> np.ndarray:
         fell = matching_levels(final(rows, arm))
@@ -921,7 +922,7 @@ def claims(rows: list[dict]) -> list[list[str]]:
                 mean, half = (statistic.item() for statistic in paired_interval(values[None]))
                 digits = 2 if unit == "points" else 1
                 cells[2] = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".replace(" ± nan", "")
-                borne_out = mean >= 0 if "matching" in claim else mean > half
+                borne_out = mean >= 0 if difference is match else mean > half
             else:
                 why = why or "not reached within the run"
         lines.append([claim, *cells, f"not tested: {why}" if why else "borne out" if borne_out else "not borne out"])
@@ -931,7 +932,8 @@ def claims(rows: list[dict]) -> list[list[str]]:
 def summary(rows: list[dict], settings: dict, device: str) -> str:
     """summary.md: the verdict, a table with a row per level, the constants and versions, and the paper's claims."""
     arms, finished, last = arms_of(rows) or ["dense"], rows[-1]["level"], rows[-1]["step"]
-    leads = {arm: paired_interval(final(rows, "rewind") - final(rows, arm)) for arm in arms_of(rows) if arm != "rewind"}
+    ends, stops, stopped = ({arm: values(rows, arm) for arm in arms} for values in (final, early_stop, at_early_stop))
+    leads = {arm: paired_interval(ends["rewind"] - ends[arm]) for arm in arms_of(rows) if arm != "rewind"}
 
     def markdown(lines: list[list[str]]) -> str:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
@@ -940,9 +942,9 @@ def summary(rows: list[dict], settings: dict, device: str) -> str:
         return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
     def stop(arm: str, level: int) -> str:
-        steps, accuracy = early_stop(rows, arm)[level], at_early_stop(rows, arm)[level].mean()
+        steps, accuracy = stops[arm][level], stopped[arm][level]
         missed = int(np.isinf(steps).sum())
-        step = f"{accuracy:.2f} at {'≥ ' * (missed > 0)}{spread(np.minimum(steps, last), 0)}"
+        step = f"{accuracy.mean():.2f} at {'≥ ' * (missed > 0)}{spread(np.minimum(steps, last), 0)}"
         return "not reached" if missed == steps.size else step + f", {missed} not reached" * (missed > 0)
 
     def lead(arm: str, level: int) -> str:
@@ -953,7 +955,7 @@ def summary(rows: list[dict], settings: dict, device: str) -> str:
               *(f"rewind - {arm}, points" for arm in leads), *(f"{arm}: at early stop, % and step" for arm in arms)]]
     for level, left in enumerate(remaining(rows)):
         table.append([f"{level}" if level else "0 (dense)", f"{left:.1f} %",
-                      *(spread(final(rows, arm)[level], 2) for arm in arms), *(lead(arm, level) for arm in leads),
+                      *(spread(ends[arm][level], 2) for arm in arms), *(lead(arm, level) for arm in leads),
                       *(stop(arm, level) for arm in arms)])
     unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
     sentences = "\n".join(f"- {sentence}" for sentence in verdict(rows))
