@@ -65,6 +65,7 @@ except ImportError:                                         # on Windows
 
 # What is trained, and on what
 DATASET       = "MNIST"               # or "FashionMNIST", "KMNIST": 28x28 grey images of 10 classes
+PIXELS        = "standardised"        # to mean 0, deviation 1; or "unit_length": image by image, as in the paper's code
 MODEL         = "mlp"                 # 784-300-100-10 (LeNet-300-100), or "lenet" (LeNet-5, convolutional)
 INIT          = "kaiming_normal"      # or "xavier_normal" (Glorot), which the paper uses; biases start at zero
 DROPOUT       = 0.2                   # after each hidden fully connected layer; 0 switches it off
@@ -99,6 +100,7 @@ VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the
 ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
 RULES = {                             # the types and the condition of each constant's value, and both in words
     "DATASET": (str, ("MNIST", "FashionMNIST", "KMNIST").__contains__, "one of MNIST, FashionMNIST, KMNIST"),
+    "PIXELS": (str, ("standardised", "unit_length").__contains__, "one of standardised, unit_length"),
     "MODEL": (str, ("mlp", "lenet").__contains__, "one of mlp, lenet"),
     "INIT": (str, ("kaiming_normal", "xavier_normal").__contains__, "one of kaiming_normal, xavier_normal"),
     "DROPOUT": (int | float, lambda share: 0 <= share < 1, "a number from 0 to below 1"),
@@ -244,7 +246,7 @@ def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
 
 
 def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images (n, 1, 28, 28), normalised once by the training images' mean and deviation, and labels (n,), on device.
+    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
 
     The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
     """
@@ -253,11 +255,14 @@ def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     images, labels, test_images, test_labels = (read_idx(raw / name, md5[name], source.mirrors) for name in SHAPES)
     order = torch.randperm(len(images), generator=generator("split"))
     rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
-    deviation, mean = torch.std_mean(images[rest] / 255)
     splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
               "test": (test_images, test_labels)}
-    return {name: ((x.unsqueeze(1) / 255 - mean).div_(deviation).to(device), y.long().to(device))
-            for name, (x, y) in splits.items()}
+    deviation, mean = torch.std_mean(images[rest] / 255)
+
+    def normalised(x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=(1, 2)) if PIXELS == "unit_length" else (x / 255 - mean).div_(deviation)
+
+    return {name: (normalised(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
 
 
 # ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
@@ -876,53 +881,49 @@ def claims(rows: list[dict]) -> list[list[str]]:
     A moment that did not come within the run is taken as the run's end where that makes the difference smaller than it
     is, and where it would make it larger (the ticket itself was too slow, the control never fell), nothing is decided.
     """
-    left, last, dense = remaining(rows), max(row["step"] for row in rows), final(rows, "dense")[0]
+    left, last = remaining(rows), max(row["step"] for row in rows)
+    ticket, dense = final(rows, "rewind"), final(rows, "dense")
 
-    def lead(level: int, arm: str = "dense") -> np.ndarray:
-        return final(rows, "rewind")[level] - (dense if arm == "dense" else final(rows, arm)[level])
+    def sooner(moment: Callable[[list[dict], str], np.ndarray], arm: str) -> np.ndarray:
+        return np.minimum(last, moment(rows, arm)) - moment(rows, "rewind")
 
-    def earlier(moment: Callable[[list[dict], str], np.ndarray], level: int, arm: str) -> np.ndarray:
-        return np.minimum(last, moment(rows, arm)[0 if arm == "dense" else level]) - moment(rows, "rewind")[level]
-
-    def match(level: int) -> np.ndarray:
-        mean, half = paired_interval(final(rows, "rewind") - dense)
-        below = np.flatnonzero((mean + half)[1:level] < 0)
-        return lead(1 + below[0] if below.size else level)
-
-    def outlast(arm: str) -> np.ndarray:
+    def outlasts(arm: str) -> np.ndarray:
         fell = matching_levels(final(rows, arm))
-        return matching_levels(final(rows, "rewind")) - np.where(fell == len(left) - 1, np.inf, fell)
+        fell = np.where(fell == len(left) - 1, np.inf, fell)
+        return np.tile(matching_levels(ticket) - fell, (len(left), 1))
 
-    table = [
+    mean, half = paired_interval(ticket - dense)
+    below = np.flatnonzero(mean + half < 0)                 # from the first clearly lower level on, that one counts
+    matching = (ticket - dense)[np.minimum(range(len(left)), below[0] if below.size else len(left))]
+    table = [                                               # differences (levels, trials)
         ("The ticket reaches its early stop before the dense network", 21.1, "rewind", "steps",
-         lambda level: earlier(early_stop, level, "dense")),
-        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", lead),
+         sooner(early_stop, "dense")),
+        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", ticket - dense),
         ("Down to here the ticket is matching (shown: here, or the first level clearly below)", 3.6, "rewind", "points",
-         match),
+         matching),
         ("Re-initialised networks fall below the dense ones before the ticket does", left[-1], "reinit", "levels",
-         lambda _: outlast("reinit")),
+         outlasts("reinit")),
         ("Re-initialised networks come to the dense one's final validation accuracy after the ticket", 21.1, "reinit",
-         "steps", lambda level: earlier(catch_up, level, "reinit")),
+         "steps", sooner(catch_up, "reinit")),
         ("Networks pruned in one shot fall below the dense ones before the ticket does", left[-1], "oneshot", "levels",
-         lambda _: outlast("oneshot")),
+         outlasts("oneshot")),
         ("Shuffled masks end less accurate than the ticket", 21.1, "shuffle", "points",
-         lambda level: lead(level, "shuffle"))]
+         ticket - final(rows, "shuffle"))]
     lines = []
-    for claim, percent, arm, unit, difference in table:
+    for claim, percent, arm, unit, differences in table:
         level = int(np.abs(np.log(left / percent)).argmin())
-        cells, why = ["", "", ""], "fewer than three trials" * (len(dense) < 3)
+        cells, why = ["", "", ""], "fewer than three trials" * (dense.size < 3)
         if arm not in arms_of(rows):
             why = f"no {arm} networks"
         elif abs(np.log(left[level] / percent)) > np.log(1.25):
             why = f"no level near {percent:.1f} %"
         else:
-            values = difference(level)
-            cells = [f"{left[level]:.1f} %", f"{len(dense)}", "not reached"]
-            if np.isfinite(values).all():
-                mean, half = (statistic.item() for statistic in paired_interval(values[None]))
+            cells = [f"{left[level]:.1f} %", f"{dense.size}", "not reached"]
+            if np.isfinite(differences[level]).all():
+                mean, half = (statistic.item() for statistic in paired_interval(differences[[level]]))
                 digits = 2 if unit == "points" else 1
                 cells[2] = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".replace(" ± nan", "")
-                borne_out = mean >= 0 if difference is match else mean > half
+                borne_out = mean >= 0 if differences is matching else mean > half
             else:
                 why = why or "not reached within the run"
         lines.append([claim, *cells, f"not tested: {why}" if why else "borne out" if borne_out else "not borne out"])

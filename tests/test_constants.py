@@ -28,6 +28,7 @@ BAD = [
     ("DATASET=mnist", "did you mean MNIST?"),
     ("DATASET=FashionMnist", "did you mean FashionMNIST?"),
     ("DATASET=CIFAR10", "DATASET must be one of MNIST, FashionMNIST, KMNIST"),
+    ("PIXELS=unit", "did you mean unit_length?"),
     ("MODEL=LeNet", "did you mean lenet?"),
     ("ARMS=rewind,rewnd", "ARMS must be"),
     ("ARMS=rewind,rewind", "ARMS must be"),

@@ -128,10 +128,10 @@ def state(lth, tmp_path):
 def test_the_checkpoint_is_one_experiments_own(lth, state):
     """Of all constants, only where the files lie and what computes may differ."""
     _, checkpoint = state
-    others = {"DATASET": "KMNIST", "MODEL": "lenet", "INIT": "xavier_normal", "DROPOUT": 0.1, "ARMS": ("rewind",),
-              "TRIALS": 2, "LEVELS": 4, "PRUNE_RATE": 0.3, "PRUNE_SCOPE": "global", "REWIND_STEP": 1,
-              "TICKETS_FROM": str(SCRIPT), "SEED": 1, "EPOCHS": 2, "BATCH_SIZE": 60, "LEARNING_RATE": 1e-3,
-              "WEIGHT_DECAY": 0, "CLIP_NORM": None, "EVAL_EVERY": 100, "TF32": True}
+    others = {"DATASET": "KMNIST", "PIXELS": "unit_length", "MODEL": "lenet", "INIT": "xavier_normal", "DROPOUT": 0.1,
+              "ARMS": ("rewind",), "TRIALS": 2, "LEVELS": 4, "PRUNE_RATE": 0.3, "PRUNE_SCOPE": "global",
+              "REWIND_STEP": 1, "TICKETS_FROM": str(SCRIPT), "SEED": 1, "EPOCHS": 2, "BATCH_SIZE": 60,
+              "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0, "CLIP_NORM": None, "EVAL_EVERY": 100, "TF32": True}
     paths = {checkpoint}
     for name, value in others.items():
         before = lth.constants()[name]
