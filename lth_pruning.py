@@ -608,7 +608,8 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     train_loss, since, evaluations = torch.zeros(nets, device=device), 0, []
 
     def train_step() -> None:
-        loss = losses(forward(network, weights, images[batch], factors), labels[batch])     # (nets,)
+        x = images.index_select(0, batch.flatten()).view(nets, BATCH_SIZE, 1, 28, 28)       # faster than images[batch]
+        loss = losses(forward(network, weights, x, factors), labels[batch])                 # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
             torch.mul(gradient, masks.get(name, 1), out=gradients[name])
