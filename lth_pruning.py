@@ -375,6 +375,10 @@ def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: Iterab
         elif isinstance(layer, nn.Dropout):
             factor = next(dropout, None)
             x = x if factor is None else x * factor
+        elif isinstance(layer, nn.MaxPool2d) and not torch.is_grad_enabled():
+            # Evaluating a LeNet takes half the time so; backwards it would be slower.
+            rows = [torch.maximum(images[:, :, ::2], images[:, :, 1::2]) for images in x]
+            x = [torch.maximum(images[..., ::2], images[..., 1::2]) for images in rows]
         else:                                       # ReLU and pooling hold no weights
             x = [layer(images) for images in x] if isinstance(x, list) else layer(x)
     return x
