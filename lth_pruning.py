@@ -65,7 +65,7 @@ except ImportError:                                         # on Windows
 
 # What is trained, and on what
 DATASET       = "MNIST"               # or "FashionMNIST", "KMNIST": 28x28 grey images of 10 classes
-PIXELS        = "standardised"        # to mean 0, deviation 1; or "unit_length": image by image, as in the paper's code
+PIXELS        = "standardised"        # to mean 0, deviation 1; or "unit_interval": 0 to 1; or "unit_length", each image
 MODEL         = "mlp"                 # 784-300-100-10 (LeNet-300-100), or "lenet" (LeNet-5, convolutional)
 INIT          = "kaiming_normal"      # or "xavier_normal" (Glorot), which the paper uses; biases start at zero
 DROPOUT       = 0.2                   # after each hidden fully connected layer; 0 switches it off
@@ -100,7 +100,8 @@ VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the
 ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
 RULES = {                             # the types and the condition of each constant's value, and both in words
     "DATASET": (str, ("MNIST", "FashionMNIST", "KMNIST").__contains__, "one of MNIST, FashionMNIST, KMNIST"),
-    "PIXELS": (str, ("standardised", "unit_length").__contains__, "one of standardised, unit_length"),
+    "PIXELS": (str, ("standardised", "unit_interval", "unit_length").__contains__,
+               "one of standardised, unit_interval, unit_length"),
     "MODEL": (str, ("mlp", "lenet").__contains__, "one of mlp, lenet"),
     "INIT": (str, ("kaiming_normal", "xavier_normal").__contains__, "one of kaiming_normal, xavier_normal"),
     "DROPOUT": (int | float, lambda share: 0 <= share < 1, "a number from 0 to below 1"),
@@ -258,11 +259,10 @@ def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
               "test": (test_images, test_labels)}
     deviation, mean = torch.std_mean(images[rest] / 255)
-
-    def normalised(x: Tensor) -> Tensor:
-        return F.normalize(x.float(), dim=(1, 2)) if PIXELS == "unit_length" else (x / 255 - mean).div_(deviation)
-
-    return {name: (normalised(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
+    normalise = {"standardised": lambda x: (x / 255 - mean).div_(deviation),
+                 "unit_interval": lambda x: x / 255,
+                 "unit_length": lambda x: F.normalize(x.float(), dim=(1, 2))}[PIXELS]
+    return {name: (normalise(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
 
 
 # ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
@@ -1063,7 +1063,7 @@ def transfer_plot(rows: list[dict], found_on: str) -> plt.Figure:
 
 def early_stopping_plot(rows: list[dict]) -> plt.Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, panels = new_figure(rows, "median step; hollow: not reached by most", 2, (12, 5.2), sharey=True)
+    figure, panels = new_figure(rows, "median step; hollow: not reached by most", 2, (12, 5.6), sharey=True)
     last = max(row["step"] for row in rows)
     titles = "lowest validation loss", "dense network's final validation accuracy"
     for axes, moment, title in zip(panels, (early_stop, catch_up), titles, strict=True):
@@ -1078,7 +1078,8 @@ def early_stopping_plot(rows: list[dict]) -> plt.Figure:
         scale_weights_remaining(axes, rows)
         axes.set_yticks([tick for tick in plt.MaxNLocator(7).tick_values(0, last) if tick <= last])
         axes.set(ylim=(0, last * (1.06 + 0.06 * len(arms_of(rows)))), ylabel="training step", title=title)
-    panels[0].legend(loc="best")
+    # Below the panels: within them, no place is free in every run.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(arms_of(rows)))
     return figure
 
 

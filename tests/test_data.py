@@ -58,12 +58,13 @@ def test_split_and_normalisation(mnist, source):
     assert torch.equal(mnist["test"][1], source[1].targets)
 
 
-def test_unit_length_scales_each_image_by_its_own_norm(lth, source):
-    lth.use(PIXELS="unit_length")
-    images = lth.load_dataset(torch.device("cpu"))["test"][0].numpy()
+def test_pixels_as_they_are_and_each_image_by_its_own_norm(lth, source):
     pixels = source[1].data.numpy().astype(np.float64)
     norms = np.linalg.norm(pixels.reshape(-1, 784), axis=1)
-    np.testing.assert_allclose(images[:, 0], pixels / norms[:, None, None], rtol=1e-5, atol=1e-8)
+    for scale, expected in ("unit_interval", pixels / 255), ("unit_length", pixels / norms[:, None, None]):
+        lth.use(PIXELS=scale)
+        images = lth.load_dataset(torch.device("cpu"))["test"][0].numpy()
+        np.testing.assert_allclose(images[:, 0], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_training_and_validation_images_part_the_60000(mnist, source):
