@@ -141,7 +141,7 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], source: torchvision.datasets
     measure = {
         "loader": lambda: train_alone(loader, device, 30, fused=False),
         "plain": lambda: train_alone(in_memory, device, 100, fused=True),
-        **{f"stack {n}": lambda n=n: train_stack(n, few, device, max(8, 200 // n)) for n in STACKS},
+        **{f"stack {n}": lambda n=n: train_stack(n, few, device, max(20, 200 // n)) for n in STACKS},
         "sparse": lambda: train_stack(10, few, device, 20, share=0.036),
         "products": lambda: time_products(bare, 10, device, 20)}
     seconds = {name: [] for name in measure}
