@@ -65,7 +65,7 @@ except ImportError:                                         # on Windows
 
 # What is trained, and on what
 DATASET       = "MNIST"               # or "FashionMNIST", "KMNIST": 28x28 grey images of 10 classes
-PIXELS        = "standardised"        # to mean 0, deviation 1; or "unit_interval": 0 to 1; or "unit_length", each image
+PIXELS        = "standardised"        # mean 0, deviation 1; or "unit_interval": 0 to 1, or "unit_length" of each image
 MODEL         = "mlp"                 # 784-300-100-10 (LeNet-300-100), or "lenet" (LeNet-5, convolutional)
 INIT          = "kaiming_normal"      # or "xavier_normal" (Glorot), which the paper uses; biases start at zero
 DROPOUT       = 0.2                   # after each hidden fully connected layer; 0 switches it off
@@ -258,7 +258,7 @@ def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
     splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
               "test": (test_images, test_labels)}
-    deviation, mean = torch.std_mean(images[rest] / 255)
+    deviation, mean = torch.std_mean(splits["train"][0] / 255)
     normalise = {"standardised": lambda x: (x / 255 - mean).div_(deviation),
                  "unit_interval": lambda x: x / 255,
                  "unit_length": lambda x: F.normalize(x.float(), dim=(1, 2))}[PIXELS]
@@ -612,7 +612,7 @@ def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]]
     train_loss, since, evaluations = torch.zeros(nets, device=device), 0, []
 
     def train_step() -> None:
-        x = images.index_select(0, batch.flatten()).view(nets, BATCH_SIZE, 1, 28, 28)       # faster than images[batch]
+        x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)               # faster than images[batch]
         loss = losses(forward(network, weights, x, factors), labels[batch])                 # (nets,)
         # The gradient of the sum: every network gets just its own, unscaled.
         for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
@@ -888,6 +888,7 @@ def claims(rows: list[dict]) -> list[list[str]]:
     """
     left, last = remaining(rows), max(row["step"] for row in rows)
     ticket, dense = final(rows, "rewind"), final(rows, "dense")
+    lead = ticket - dense
 
     def sooner(moment: Callable[[list[dict], str], np.ndarray], arm: str) -> np.ndarray:
         return np.minimum(last, moment(rows, arm)) - moment(rows, "rewind")
@@ -897,13 +898,12 @@ def claims(rows: list[dict]) -> list[list[str]]:
         fell = np.where(fell == len(left) - 1, np.inf, fell)
         return np.tile(matching_levels(ticket) - fell, (len(left), 1))
 
-    mean, half = paired_interval(ticket - dense)
-    below = np.flatnonzero(mean + half < 0)                 # from the first clearly lower level on, that one counts
-    matching = (ticket - dense)[np.minimum(range(len(left)), below[0] if below.size else len(left))]
+    below = np.flatnonzero(sum(paired_interval(lead)) < 0)  # from the first clearly lower level on, that one counts
+    matching = lead[np.minimum(range(len(left)), below[0] if below.size else len(left))]
     table = [                                               # differences (levels, trials)
         ("The ticket reaches its early stop before the dense network", 21.1, "rewind", "steps",
          sooner(early_stop, "dense")),
-        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", ticket - dense),
+        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", lead),
         ("Down to here the ticket is matching (shown: here, or the first level clearly below)", 3.6, "rewind", "points",
          matching),
         ("Re-initialised networks fall below the dense ones before the ticket does", left[-1], "reinit", "levels",
