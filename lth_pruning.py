@@ -39,6 +39,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
+    # Large memory pages, on Linux: MLPs by the dozen train a tenth faster. PyTorch looks once, at its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     STOPPED = "\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them."
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The imports below take seconds: until they are done, Ctrl-C ends the script where it is, later in good order.

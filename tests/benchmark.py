@@ -13,6 +13,7 @@ products  the matrix products and convolutions of one step of ten networks, forw
 """
 
 import itertools
+import os
 import shutil
 import statistics
 import sys
@@ -20,6 +21,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")          # as the script itself does
 
 import torch
 import torch.nn.functional as F
