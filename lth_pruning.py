@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Large memory pages, on Linux: MLPs by the dozen train a tenth faster. PyTorch looks once, at its first tensor.
+    # Large memory pages, on Linux: MLPs by the dozen train 5 to 20 % faster. PyTorch looks once, at its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     STOPPED = "\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them."
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
