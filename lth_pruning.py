@@ -1022,13 +1022,16 @@ def chosen_levels(rows: list[dict]) -> list[int]:
     return sorted({1 + int(np.abs(np.log(left / percent)).argmin()) for percent in (51.3, 21.1, 7.0, 3.6)})
 
 
-def draw_accuracy(axes: plt.Axes, rows: list[dict], arms: list[str]) -> None:
-    """Final test accuracy versus weights remaining, the dense networks dashed; one scale whichever arms are drawn."""
+def draw_accuracy(axes: plt.Axes, rows: list[dict], labels: dict[str, str]) -> None:
+    """Final test accuracy versus weights remaining of the arms that have a label, the dense networks dashed.
+
+    The scale is the same whichever arms are drawn.
+    """
     dense, everything = final(rows, "dense")[0], np.concatenate([final(rows, arm) for arm in arms_of(rows)])
     axes.axhline(dense.mean(), color=COLOURS["dense"], linestyle="--", label=f"dense ({dense.mean():.2f} %)")
-    for arm in arms:
+    for arm, label in labels.items():
         sns.lineplot(x=np.repeat(remaining(rows, arm), len(dense)), y=final(rows, arm).ravel(), errorbar=("pi", 100),
-                     ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=arm)
+                     ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=label)
     scale_weights_remaining(axes, rows)
     margin = 0.05 * np.ptp(everything) + 0.01
     axes.set(ylim=(everything.min() - margin, everything.max() + margin), ylabel="test accuracy (%)")
@@ -1038,7 +1041,7 @@ def draw_accuracy(axes: plt.Axes, rows: list[dict], arms: list[str]) -> None:
 def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
     """Accuracy versus weights remaining of some arms."""
     figure, (axes,) = new_figure(rows, "mean, lowest to highest", 1, (8, 5.2))
-    draw_accuracy(axes, rows, arms)
+    draw_accuracy(axes, rows, {arm: arm for arm in arms})
     axes.set(title=title)
     return figure
 
@@ -1048,12 +1051,11 @@ def transfer_plot(rows: list[dict], found_on: str) -> plt.Figure:
     figure, (left, right) = new_figure(rows, f"do tickets found on {found_on} train well?", 2, (13, 5.2))
     labels = {"rewind": f"ticket found on {rows[0]['dataset']}", "transfer": f"ticket found on {found_on}",
               "reinit": f"{rows[0]['dataset']}'s mask, new weights"}
-    draw_accuracy(left, rows, [arm for arm in labels if arm in arms_of(rows)])
-    handles, names = left.get_legend_handles_labels()
-    left.legend(handles, [labels.get(name, name) for name in names], loc="best")
+    labels = {arm: label for arm, label in labels.items() if arm in arms_of(rows)}
+    draw_accuracy(left, rows, labels)
     left.set(title="mean, lowest to highest")
     right.axhline(0, color=COLOURS["dense"], linestyle="--")
-    for arm in [arm for arm in ("rewind", "reinit") if arm in arms_of(rows)]:
+    for arm in [arm for arm in labels if arm != "transfer"]:
         mean, half = paired_interval(final(rows, "transfer") - final(rows, arm))
         right.plot(remaining(rows), mean, color=COLOURS[arm], marker=MARKERS[arm], label=f"minus {labels[arm]}")
         right.fill_between(remaining(rows), mean - half, mean + half, color=COLOURS[arm], alpha=0.2, linewidth=0)
