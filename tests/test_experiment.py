@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -239,6 +240,17 @@ def test_dense_networks_alone(lth, small, tmp_path):
     run_here(lth, tmp_path, *TINY, "LEVELS=0")
     assert {row["arm"] for row in read_metrics(tmp_path)} == {"dense"}
     check_figures(tmp_path, {"learning_curves.png"})
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_large_memory_pages_are_asked_for(tmp_path):
+    with subprocess.Popen(command(tmp_path, *TINY), stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()                                               # the table's head: the data is there
+        regions = Path(f"/proc/{process.pid}/smaps").read_text().split("VmFlags")
+        process.kill()
+    large = [int(re.search(r"Size: +(\d+) kB", region)[1]) for region, flags in itertools.pairwise(regions)
+             if " hg" in flags.splitlines()[0]]
+    assert sum(large) > 55_000 * 784 * 4 / 1024                                 # the training images, at least
 
 
 def test_import_does_nothing(tmp_path):
