@@ -1,6 +1,7 @@
 """What several tests need: the script as a module with constants of the test's own, and the script as a process."""
 
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 import lth_pruning
 
 SCRIPT = Path(lth_pruning.__file__)
+
+# A shell's background jobs ignore Ctrl-C, and hand that on: the scripts that the tests start are to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEFAULTS = lth_pruning.constants()
 FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
