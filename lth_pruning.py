@@ -13,15 +13,21 @@ Measured with the defaults over 5 trials: dense networks end at 97.36 % test acc
 21 % of the weights and at 97.51 % with 3.6 %, re-initialised ones at 96.81 % and 94.86 %.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy>=1.26", "matplotlib>=3.8", "seaborn[stats]>=0.13.2",
+#                 "tqdm>=4.66"]
+# ///
+
 import ast
 import contextlib
 import copy
-import csv
 import datetime
 import difflib
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -37,353 +43,124 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-if __name__ == "__main__":
-    # Large memory pages, on Linux: MLPs by the dozen train 5 to 20 % faster. PyTorch looks once, at its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    STOPPED = "\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them."
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # The imports below take seconds: until they are done, Ctrl-C ends the script where it is, later in good order.
-        signal.signal(signal.SIGINT, lambda *_: (print(STOPPED, file=sys.stderr), os._exit(130)))
+from typing import Literal, NamedTuple, get_args
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                         # on Windows
-    fcntl = None
-
 # ---- Constants: edit them here, or set them for one run as NAME=VALUE arguments --------------------------------------
 
 # What is trained, and on what
-DATASET       = "MNIST"               # or "FashionMNIST", "KMNIST": 28x28 grey images of 10 classes
-PIXELS        = "standardised"        # mean 0, deviation 1; or "unit_interval": 0 to 1, or "unit_length" of each image
-MODEL         = "mlp"                 # 784-300-100-10 (LeNet-300-100), or "lenet" (LeNet-5, convolutional)
-INIT          = "kaiming_normal"      # or "xavier_normal" (Glorot), which the paper uses; biases start at zero
-DROPOUT       = 0.2                   # after each hidden fully connected layer; 0 switches it off
+DATASET: Literal["MNIST", "FashionMNIST", "KMNIST"] = "MNIST"     # 28x28 grey images of 10 classes
+PIXELS: Literal["standardised", "unit_interval", "unit_length"] = "standardised"    # mean 0, deviation 1; 0 to 1; or
+                                      # each image by its own norm, the scale of the pixels in the paper's code
+MODEL: Literal["mlp", "lenet"] = "mlp"                            # 784-300-100-10 (LeNet-300-100), or LeNet-5
+INIT: Literal["kaiming_normal", "xavier_normal"] = "kaiming_normal"     # the paper uses Glorot's; biases start at zero
+DROPOUT: float = 0.2                  # after each hidden fully connected layer; 0 switches it off
 
 # The experiment
-ARMS          = ("rewind", "reinit")  # how a pruned network starts; also "shuffle", "oneshot", "transfer"
-TRIALS        = 5                     # initialisations, each with its own data order
-LEVELS        = 16                    # pruning rounds; 0 trains the dense networks alone
-PRUNE_RATE    = 0.2                   # of the surviving weights, per level; half of it in convolutions and the output
-PRUNE_SCOPE   = "layer"               # smallest weights layer by layer, or "global": over all layers at one rate
-REWIND_STEP   = 0                     # rewind to the weights after this many steps, and train the remaining ones
-TICKETS_FROM  = None                  # the tickets.pt of another run, for the arm "transfer"
-SEED          = 42                    # one seed, one result
+ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; all arms are in the section on tickets
+TRIALS: int = 5                       # initialisations, each with its own data order
+LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
+PRUNE_RATE: float = 0.2               # of the surviving weights, per level; half of it in convolutions and the output
+PRUNE_SCOPE: Literal["layer", "global"] = "layer"     # smallest weights layer by layer, or over all layers at one rate
+REWIND_STEP: int = 0                  # rewind to the weights after this many steps, and train the remaining ones
+TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
+SEED: int = 42                        # one seed, one result
 
 # Training: the same for every network, dense or pruned
-EPOCHS        = 3
-BATCH_SIZE    = 128
-LEARNING_RATE = 1.2e-3                # the paper's, for Adam
-WEIGHT_DECAY  = 1e-2                  # AdamW's decoupled decay; 0 makes it Adam
-CLIP_NORM     = 1.0                   # largest gradient norm of a network; None: no clipping
-EVAL_EVERY    = 200                   # steps between evaluations; there is always one after the last step
-TF32          = False                 # on CUDA, round the factors of products to 11 bits: faster, less exact
+EPOCHS: int = 3
+BATCH_SIZE: int = 128
+LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
+WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
+CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no clipping
+EVAL_EVERY: int = 200                 # steps between evaluations; there is always one after the last step
 
 # Where
-DATA_DIR      = "data"                # relative paths start beside this script
-RESULTS_DIR   = "results"
-DEVICE        = "auto"                # cuda, else mps, else cpu
+DATA_DIR: str = "data"                # relative paths start beside this script
+RESULTS_DIR: str = "results"
+DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
 
 VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the paper
-
-
-ALL_ARMS = ("rewind", "reinit", "shuffle", "oneshot", "transfer")
-RULES = {                             # the types and the condition of each constant's value, and both in words
-    "DATASET": (str, ("MNIST", "FashionMNIST", "KMNIST").__contains__, "one of MNIST, FashionMNIST, KMNIST"),
-    "PIXELS": (str, ("standardised", "unit_interval", "unit_length").__contains__,
-               "one of standardised, unit_interval, unit_length"),
-    "MODEL": (str, ("mlp", "lenet").__contains__, "one of mlp, lenet"),
-    "INIT": (str, ("kaiming_normal", "xavier_normal").__contains__, "one of kaiming_normal, xavier_normal"),
-    "DROPOUT": (int | float, lambda share: 0 <= share < 1, "a number from 0 to below 1"),
-    "ARMS": (tuple, lambda arms: arms and all(arm in ALL_ARMS for arm in arms) and len(set(arms)) == len(arms),
-             "a choice, each once, of " + ", ".join(ALL_ARMS)),
-    "TRIALS": (int, lambda count: 1 <= count <= 1_000, "a whole number, 1 to 1000"),
-    "LEVELS": (int, lambda count: 0 <= count <= 255, "a whole number, 0 to 255"),       # tickets.pt has 8 bits for them
-    "PRUNE_RATE": (int | float, lambda rate: 0 < rate < 1, "a number between 0 and 1"),
-    "PRUNE_SCOPE": (str, ("layer", "global").__contains__, "one of layer, global"),
-    "REWIND_STEP": (int, lambda step: step >= 0, "a whole number, 0 or more"),
-    "TICKETS_FROM": (str | None, lambda path: path is None or (path and "\0" not in path),
-                     "the path of a tickets.pt, or None"),
-    "SEED": (int, lambda seed: seed >= 0, "a whole number, 0 or more"),
-    "EPOCHS": (int, lambda count: count >= 1, "a whole number, 1 or more"),
-    "BATCH_SIZE": (int, lambda size: 1 <= size <= 60_000 - VALIDATION_SIZE,
-                   f"a whole number, 1 to {60_000 - VALIDATION_SIZE}"),
-    "LEARNING_RATE": (int | float, lambda rate: 0 < rate < math.inf, "a number above 0"),
-    "WEIGHT_DECAY": (int | float, lambda decay: 0 <= decay < math.inf, "a number of at least 0"),
-    "CLIP_NORM": (int | float | None, lambda norm: norm is None or 0 < norm < math.inf, "a number above 0, or None"),
-    "EVAL_EVERY": (int, lambda steps: steps >= 1, "a whole number, 1 or more"),
-    "TF32": (bool, lambda _: True, "True or False"),
-    "DATA_DIR": (str, lambda path: path and "\0" not in path, "a folder's path"),
-    "RESULTS_DIR": (str, lambda path: path and "\0" not in path, "a folder's path"),
-    "DEVICE": (str, re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:1 and so on, or mps"),
-}
-
-
-def constants() -> dict:
-    """All constants as they stand, by name."""
-    return {name: globals()[name] for name in RULES}
-
+MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching
 
 Weights = dict[str, Tensor]           # "fc1.weight" -> tensor; a stack's tensors have a leading nets dimension
 Masks = dict[str, Tensor]             # prunable weights only; 1 where a weight remains, 0 where it was pruned
+Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test" -> images (n, 1, 28, 28), labels (n,)
 
 
-class UserError(ValueError):
-    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
+# ---- Experiment ------------------------------------------------------------------------------------------------------
 
+def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], checkpoint: Path) -> None:
+    """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
 
-def beside_script(path: str) -> Path:
-    """The path itself if absolute, else taken from the folder of this script."""
-    return Path(__file__).resolve().parent / os.path.expanduser(path)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: nobody ever sees half a file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())                         # on the disk before its name: power may fail, too
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def packed(tensors: dict) -> bytes:
-    """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
-    content = io.BytesIO()
-    torch.save(tensors, content)
-    return content.getvalue()
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what a killed process may have left of writing this file."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
-
-
-def read_saved(path: Path) -> dict:
-    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors.
-
-    The sums inside are compared first: torch.load would take flipped bits for weights.
+    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). `new_state` says what the state holds;
+    it is brought up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
     """
-    content = io.BytesIO(path.read_bytes())
-    if zipfile.ZipFile(content).testzip() is not None:
-        raise zipfile.BadZipFile("wrong sum")
-    content.seek(0)
-    return torch.load(content, map_location="cpu", weights_only=True)
+    with progress_bar(state["level"]) as bar:
+        for level in range(state["level"] + 1, LEVELS + 1):
+            new = {"level": level, "records": [], "theta": {}, "trained": {}, "pruned_at": prune_tickets(state, level)}
+            for networks in stacks(level):
+                weights, masks = start_arms(networks, level, state | {"pruned_at": new["pruned_at"]}, elsewhere)
+                early, trained, evaluations = train(weights, masks, data, networks, level, bar)
+                new["records"] += tabulate(networks, level, masks, evaluations)
+                keep(new, networks, early, trained)
+            finish_level(state, new, checkpoint, bar)
 
 
-def unused(path: Path) -> Path:
-    """The path itself, or where it exists the first that does not with -2, -3 and so on behind it."""
-    numbered = (path.with_name(path.name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    return next(path for path in numbered if not path.exists())
+def stacks(level: int) -> Iterator[list[tuple[str, int]]]:
+    """The networks of a level, as (arm, trial), in the groups that train together: arm after arm of the same trials.
+
+    The networks of a stack start at the same step. Trials do not depend on each other, so some train after the others:
+    beyond STACK_SIZE networks the caches end and each step of each network takes longer.
+    """
+    arms, trials = ARMS if level else ("dense",), own_trials()
+    for begin in sorted({first_step(arm) for arm in arms}):
+        together = [arm for arm in arms if first_step(arm) == begin]
+        size = max(1, STACK_SIZE // len(together))
+        for part in (trials[first:first + size] for first in range(0, len(trials), size)):
+            yield list(itertools.product(together, part))
 
 
-PURPOSES = ("init", "reinit", "shuffle", "split", "order", "dropout")
+def start_arms(networks: list[tuple[str, int]], level: int, state: dict,
+               elsewhere: dict[int, dict]) -> tuple[Weights, Masks]:
+    """The stack that these networks (arm, trial) start from."""
+    starts = [REGISTRY[arm].start(
+        theta0=state["theta"][trial] if first_step(arm) == REWIND_STEP else initial_weights(generator("init", trial)),
+        masks=masks_at(state["pruned_at"][trial], level), dense=state["dense"].get(trial),
+        trained=state["trained"].get(trial), random=generator(arm, trial, level) if arm in PURPOSES else None,
+        ticket=elsewhere and (elsewhere[trial]["theta0"], masks_at(elsewhere[trial]["pruned_at"], level)))
+        for arm, trial in networks]
+    return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
+
+
+def keep(new: dict, networks: list[tuple[str, int]], early: Weights, trained: Weights) -> None:
+    """Of a trained stack, keep what later levels start from: the networks to prune next, and theta at REWIND_STEP."""
+    for n, (arm, trial) in enumerate(networks):
+        if arm in ("dense", "rewind"):
+            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
+        if arm == "dense":
+            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
+
+
+PURPOSES = {"init": 0, "split": 3, "order": 4, "dropout": 5}     # arms that draw random numbers add theirs
 
 
 def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
     """Random numbers for one purpose, whatever else is drawn: trial k is the same among 5 trials and among 50."""
-    seeds = np.random.SeedSequence([SEED, trial, level, PURPOSES.index(purpose)])
+    seeds = np.random.SeedSequence([SEED, trial, level, PURPOSES[purpose]])
     return torch.Generator(device).manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-
-
-def process() -> tuple[int, int]:
-    """This process's rank, and how many processes share the run: as torchrun says, else one alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def own_trials() -> range:
-    """The trials of this process. Its stacks hold only theirs, in this order; there may be none."""
-    rank, processes = process()
-    return range(TRIALS)[rank::processes]
-
-
-# ---- Data ------------------------------------------------------------------------------------------------------------
-
-SHAPES = {"train-images-idx3-ubyte.gz": (60_000, 28, 28), "train-labels-idx1-ubyte.gz": (60_000,),
-          "t10k-images-idx3-ubyte.gz": (10_000, 28, 28), "t10k-labels-idx1-ubyte.gz": (10_000,)}
-
-
-def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
-    """The bytes in an IDX file: from its archive, or unpacked where there is no archive, or downloaded.
-
-    The archive has a sum to be checked by, and so comes first; one that fails is downloaded again. Files are never
-    unpacked, so that the folder may be read-only.
-    """
-    file, reason = archive.with_suffix(""), ""
-    if archive.exists() or not file.exists():
-        file, sound = archive, check_integrity(archive, md5)
-        for mirror in () if sound else mirrors:
-            try:
-                download_url(mirror + archive.name, str(archive.parent), md5=md5)       # compares the sum, too
-                sound = True
-                break
-            except (OSError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[-1]
-        if not sound:
-            raise UserError(f"{archive} is {'damaged' if archive.exists() else 'missing'} and could not be downloaded "
-                            f"({reason}): put the archive with the md5 sum {md5} there, or in its place the "
-                            "unpacked file, or set DATA_DIR.")
-    content, shape = file.read_bytes(), SHAPES[archive.name]
-    content = gzip.decompress(content) if file == archive else content
-    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()            # of unsigned bytes, and the dimensions
-    body = content[len(header):]
-    if not content.startswith(header) or len(body) != math.prod(shape) or ("labels" in file.name and max(body) > 9):
-        raise UserError(f"{file} is damaged, or not what its name says: {len(content)} bytes instead of "
-                        f"{len(header) + math.prod(shape)}, or others than it should hold. Put the right one there.")
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
-
-
-def load_dataset(device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
-
-    The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
-    """
-    source = getattr(torchvision.datasets, DATASET)         # knows the sums and where to download
-    raw, md5 = beside_script(DATA_DIR) / DATASET / "raw", dict(source.resources)
-    images, labels, test_images, test_labels = (read_idx(raw / name, md5[name], source.mirrors) for name in SHAPES)
-    order = torch.randperm(len(images), generator=generator("split"))
-    rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
-    splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
-              "test": (test_images, test_labels)}
-    deviation, mean = torch.std_mean(splits["train"][0] / 255)
-    normalise = {"standardised": lambda x: (x / 255 - mean).div_(deviation),
-                 "unit_interval": lambda x: x / 255,
-                 "unit_length": lambda x: F.normalize(x.float(), dim=(1, 2))}[PIXELS]
-    return {name: (normalise(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
-
-
-# ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
-
-def build_network(model: str, dropout: float) -> nn.Sequential:
-    """One plain network, "mlp" or "lenet". Its layers are also the plan by which `forward` runs a whole stack."""
-    if model == "mlp":
-        layers = OrderedDict(
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(100, 10))
-    else:
-        layers = OrderedDict(
-            conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
-            conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(84, 10))
-    return nn.Sequential(layers)
-
-
-def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that have weights, by name, from the input to the output."""
-    return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
-
-
-def initial_weights(random: torch.Generator) -> Weights:
-    """One network's initial weights by INIT, biases zero; linear weights are (in, out), their biases (1, out).
-
-    With (out, in), PyTorch's own layout, a third of the training time would go into copying transposes.
-    """
-    weights = {}
-    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
-        weight = torch.empty_like(layer.weight, requires_grad=False)
-        getattr(nn.init, INIT + "_")(weight, generator=random)
-        linear = isinstance(layer, nn.Linear)
-        weights[f"{name}.weight"] = weight.T.contiguous() if linear else weight
-        weights[f"{name}.bias"] = torch.zeros(1, layer.out_features) if linear else torch.zeros(layer.out_channels)
-    return weights
-
-
-def stack(networks: list[Weights]) -> Weights:
-    """Single networks' tensors, stacked along a new leading nets dimension."""
-    return {name: torch.stack([network[name] for network in networks]) for name in (networks[0] if networks else ())}
-
-
-def pick(tensors: Weights, n: int) -> Weights:
-    """The tensors of a stack's n-th network, without the nets dimension."""
-    return {name: tensor[n] for name, tensor in tensors.items()}
-
-
-def as_rows(tensors: list[Tensor]) -> Tensor:
-    """A stack's tensors side by side: all that belongs to a network in one row, (nets, numbers)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
-
-
-def as_views(rows: Tensor, shapes: Weights) -> Weights:
-    """The rows' parts under the names and in the shapes of a stack's tensors; they share the rows' memory."""
-    parts = rows.split([tensor[0].numel() for tensor in shapes.values()], 1)
-    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, shapes.items(), strict=True)}
-
-
-def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """A copy of a plain network, on the CPU, that holds a single network's weights. Raises RuntimeError if they differ.
-    """
-    plain = {name: tensor.flatten() if name.endswith(".bias") else tensor.T if tensor.ndim == 2 else tensor
-             for name, tensor in weights.items()}
-    network = copy.deepcopy(network)
-    network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                             for name, tensor in plain.items()}, assign=True)
-    return network
-
-
-def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -> list[Tensor]:
-    """Room for the factors (images, units) of each dropout layer.
-
-    They serve the whole stack: drawn for each network they would cost as much time as a matrix product, and a trial's
-    result would depend on how many others run beside it.
-    """
-    dropped = [layer.out_features for name, layer in weighted_layers(network).items()
-               if isinstance(layer, nn.Linear) and name != "output"]
-    return [torch.empty(images, units, device=device) for units in dropped]
-
-
-def draw_dropout(factors: list[Tensor], random: torch.Generator) -> None:
-    """Draw the factors anew, in place: 0 for units that are dropped, else such that the mean stays."""
-    for factor in factors:
-        factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
-
-
-def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
-    """Logits (nets, batch, 10) of a stack's networks, each on its own images x (nets, batch, 1, 28, 28).
-
-    With factors (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none.
-    """
-    dropout = iter(dropout)
-    for name, layer in network.named_children():
-        if isinstance(layer, nn.Linear):
-            operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
-            if len(x) == 1:                         # a lone product would be rounded otherwise: give it a twin
-                operands = [tensor.expand(2, *tensor.shape[1:]) for tensor in operands]
-            x = torch.baddbmm(*operands)[:len(x)]
-        elif isinstance(layer, nn.Conv2d):          # net after net, until they are flattened: the fastest on a CPU
-            kernels = zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)
-            x = [F.conv2d(images, weight, bias, padding=layer.padding) for images, weight, bias in kernels]
-        elif isinstance(layer, nn.Flatten):
-            x = torch.stack([images.flatten(1) for images in x]) if isinstance(x, list) else x.flatten(2)
-        elif isinstance(layer, nn.Dropout):
-            factor = next(dropout, None)
-            x = x if factor is None else x * factor
-        elif isinstance(layer, nn.MaxPool2d) and not torch.is_grad_enabled():
-            # Evaluating a LeNet takes half the time so; backwards it would be slower.
-            rows = [torch.maximum(images[:, :, ::2], images[:, :, 1::2]) for images in x]
-            x = [torch.maximum(images[..., ::2], images[..., 1::2]) for images in rows]
-        else:                                       # ReLU and pooling hold no weights
-            x = [layer(images) for images in x] if isinstance(x, list) else layer(x)
-    return x
 
 
 # ---- Tickets: a ticket is a mask together with the initial weights that it was found from ----------------------------
@@ -394,14 +171,14 @@ def full_masks(weights: Weights) -> Masks:
 
 
 def masked(weights: Weights, masks: Masks) -> Weights:
-    """The weights, zero where they are pruned."""
+    """The weights, zero where they are pruned; new tensors."""
     return {name: tensor * masks[name] if name in masks else tensor.clone() for name, tensor in weights.items()}
 
 
 def weights_remaining(masks: Masks) -> Tensor:
     """Percent of its prunable weights that each network of a stack has left, (nets,)."""
-    left = sum(mask.flatten(1).sum(1) for mask in masks.values())
-    return 100 * left / sum(mask[0].numel() for mask in masks.values())
+    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())
+    return 100 * survivors / sum(mask[0].numel() for mask in masks.values())
 
 
 def prune_rates(network: nn.Sequential) -> dict[str, float]:
@@ -417,57 +194,37 @@ def prune_rates(network: nn.Sequential) -> dict[str, float]:
 
 
 def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The mask (nets, weights) without the `count` survivors of smallest magnitude; ties go by index."""
-    magnitude = weights.abs().masked_fill(mask == 0, torch.inf)
-    return mask.scatter(1, magnitude.argsort(dim=1, stable=True)[:, :count], 0)
+    """The mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
+    magnitude = weights.abs().masked_fill(mask == 0, torch.inf).flatten()
+    return mask.flatten().scatter(0, magnitude.argsort(stable=True)[:count], 0).view(mask.shape)
 
 
 def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -> Masks:
-    """Remove the smallest survivors of each network of a stack, `rates` of them, layer by layer or globally.
+    """Remove the smallest survivors of one network, `rates` of them, layer by layer or globally.
 
     Step 3 of the paper's iterative pruning (its appendix B). Counts are exact: round(rate * survivors).
     """
     pruned = {}
     for group in [[name] for name in masks] if scope == "layer" else [list(masks)]:
-        rows = as_rows([masks[name] for name in group])                             # (nets, weights of the group)
-        survivors = int(rows[0].sum())                                              # the same in every network
-        left = remove_smallest(as_rows([weights[name] for name in group]), rows, round(rates[group[0]] * survivors))
-        pruned |= as_views(left, {name: masks[name] for name in group})
+        mask = torch.cat([masks[name].flatten() for name in group])
+        values = torch.cat([weights[name].flatten() for name in group])
+        mask = remove_smallest(values, mask, round(rates[group[0]] * int(mask.sum())))
+        parts = mask.split([masks[name].numel() for name in group])
+        pruned |= {name: part.view(masks[name].shape) for name, part in zip(group, parts, strict=True)}
     return pruned
 
 
-# The arms. Each gets one network's theta0 and ticket masks, and returns the weights and masks to train from.
-
-def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
-    """The winning ticket: the survivors' original initial weights."""
-    return masked(theta0, masks), masks
-
-
-def reinit(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
-    """The same connections with a fresh draw of initial weights (section 2, "random reinitialization")."""
-    return masked(initial_weights(random), masks), masks
-
-
-def shuffle(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
-    """The original initial weights on connections chosen at random, as many in each layer as the ticket has."""
-    masks = {name: mask.flatten()[torch.randperm(mask.numel(), generator=random)].reshape(mask.shape)
-             for name, mask in masks.items()}
-    return masked(theta0, masks), masks
-
-
-def oneshot(theta0: Weights, masks: Masks, dense: Weights, **_) -> tuple[Weights, Masks]:
-    """The original initial weights on the trained dense network's largest, as many in each layer as the ticket has."""
-    masks = {name: remove_smallest(dense[name].view(1, -1), torch.ones(1, mask.numel()), int((mask == 0).sum()))
-             .reshape(mask.shape) for name, mask in masks.items()}
-    return masked(theta0, masks), masks
-
-
-def transfer(ticket: tuple[Weights, Masks], **_) -> tuple[Weights, Masks]:
-    """Masks and initial weights of the same trial and level from the file TICKETS_FROM."""
-    return rewind(*ticket)
-
-
-ARM_STARTS = dict(zip(("dense", *ALL_ARMS), (rewind, rewind, reinit, shuffle, oneshot, transfer), strict=True))
+def prune_tickets(state: dict, level: int) -> dict[int, Masks]:
+    """By trial, the level at which each weight was pruned (0: never), this level's taken from the networks as the level
+    before trained them: dense ones first, then always the rewound."""
+    if level == 0:
+        return state["pruned_at"]
+    rates, pruned_at = prune_rates(build_network(MODEL, DROPOUT)), {}
+    for trial, levels in state["pruned_at"].items():
+        before = masks_at(levels, level - 1)
+        after = prune(state["trained"][trial], before, rates, PRUNE_SCOPE)
+        pruned_at[trial] = {name: levels[name].masked_fill(before[name] > after[name], level) for name in levels}
+    return pruned_at
 
 
 def masks_at(pruned_at: Masks, level: int) -> Masks:
@@ -475,56 +232,164 @@ def masks_at(pruned_at: Masks, level: int) -> Masks:
     return {name: ((levels == 0) | (levels > level)).float() for name, levels in pruned_at.items()}
 
 
-def load_tickets(path: str | Path) -> dict:
-    """What a tickets.pt holds: the run's constants, theta0, and for each prunable weight its level of pruning.
-
-    Raises UserError unless it is whole, and what this script writes.
-    """
-    try:
-        tickets = read_saved(beside_script(str(path)))
-        settings, theta0, pruned_at = (tickets[name] for name in ("constants", "theta0", "pruned_at"))
-        network = build_network(settings["MODEL"], settings["DROPOUT"])
-        as_plain_network(network, pick(theta0, settings["TRIALS"] - 1))         # other names or shapes do not fit
-        expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
-        if {name: (levels.shape, levels.dtype) for name, levels in pruned_at.items()} != expected:
-            raise ValueError("theta0 and pruned_at do not belong together")
-        return tickets
-    except Exception as error:                              # a damaged or foreign file can fail in any way
-        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
-                        "TICKETS_FROM must be the tickets.pt of a finished run.") from None
+class Arm(NamedTuple):
+    """One way to start a masked network, the question that it answers, and how it is drawn."""
+    start: Callable                   # from one network's theta0, ticket masks and so on to (weights, masks)
+    label: str                        # what it is, in figures and tables
+    colour: str
+    marker: str
+    late: bool = True                 # starts at REWIND_STEP; else at step 0, and trains all steps
+    controls: Literal["weights", "mask", "both"] = "both"     # what it has otherwise than the ticket
+    question: str = ""                # answered by the ticket's lead over this arm in accuracy
+    kind: Literal["difference", "enough", "no loss"] = "difference"     # yes if the ticket is more accurate; if this
+                                      # arm is as accurate as the ticket; if the ticket is as accurate as this arm
 
 
-def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
-    """One ticket as an ordinary network at its initial weights, with `torch.nn.utils.prune` masks, ready to train.
+REGISTRY = {}                         # the dense networks, and all arms that ARMS may name
 
-    Raises IndexError for a trial or a level that the file does not hold.
-    """
-    tickets = load_tickets(path)
-    trials, levels = tickets["constants"]["TRIALS"], tickets["constants"]["LEVELS"]
-    if not (0 <= trial < trials and 0 <= level <= levels):
-        raise IndexError(f"{path} holds trials 0 to {trials - 1} and levels 0 to {levels}")
-    network = build_network(tickets["constants"]["MODEL"], tickets["constants"]["DROPOUT"])
-    network = as_plain_network(network, pick(tickets["theta0"], trial))
-    masks = masks_at(pick(tickets["pruned_at"], trial), level)
-    for name, layer in weighted_layers(network).items():
-        mask = masks[f"{name}.weight"]
-        torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
-    return network
+
+def register(*description, seed: int | None = None, **options) -> Callable[[Callable], Callable]:
+    """Decorator that enters a function of its name into the registry. `seed`: its part of the seed, if it draws."""
+    def enter(start: Callable) -> Callable:
+        REGISTRY[start.__name__] = Arm(start, *description, **options)
+        if seed is not None:
+            PURPOSES[start.__name__] = seed
+        return start
+    return enter
+
+
+def first_step(arm: str) -> int:
+    """After how many steps of the dense training an arm starts."""
+    return REWIND_STEP if REGISTRY[arm].late else 0
+
+
+@register("dense network", "0.35", "P", late=False)
+def dense(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+    """Level 0: nothing is pruned yet."""
+    return masked(theta0, masks), masks
+
+
+@register("rewound to original weights", "#0173b2", "o")
+def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+    """The winning ticket: the survivors' original initial weights."""
+    return masked(theta0, masks), masks
+
+
+@register("re-initialised at random", "#de8f05", "s", late=False, controls="weights", seed=1,
+          question="Do the original weights matter?")
+def reinit(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+    """The same connections with a fresh draw of initial weights (section 2, "random reinitialization")."""
+    return masked(initial_weights(random), masks), masks
+
+
+@register("shuffled connections", "#029e73", "^", controls="mask", seed=2,
+          question="Do the connections matter, beyond their number per layer?")
+def shuffle(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+    """The original initial weights on connections chosen at random, as many in each layer as the ticket has."""
+    masks = {name: mask.flatten()[torch.randperm(mask.numel(), generator=random)].reshape(mask.shape)
+             for name, mask in masks.items()}
+    return masked(theta0, masks), masks
+
+
+@register("pruned in one shot", "#d55e00", "D", controls="mask", question="Is pruning round after round needed?")
+def oneshot(theta0: Weights, masks: Masks, dense: Weights, **_) -> tuple[Weights, Masks]:
+    """The original initial weights on the trained dense network's largest, as many in each layer as the ticket has."""
+    masks = largest(dense, masks)
+    return masked(theta0, masks), masks
+
+
+@register("ticket found elsewhere", "#cc78bc", "v", controls="mask", question="Do tickets carry over?", kind="enough")
+def transfer(ticket: tuple[Weights, Masks], **_) -> tuple[Weights, Masks]:
+    """Masks and initial weights of the same trial and level from the file TICKETS_FROM."""
+    return rewind(*ticket)
+
+
+def largest(weights: Weights, masks: Masks) -> Masks:
+    """Masks of the weights of largest magnitude, as many in each layer as the given masks keep."""
+    return {name: remove_smallest(weights[name], torch.ones_like(mask), int((mask == 0).sum()))
+            for name, mask in masks.items()}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
+
+def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[str, int]], level: int,
+          bar: tqdm) -> tuple[Weights, Weights, list[tuple]]:
+    """Train a stack of networks (arm, trial), arm after arm of the same trials, which see the same batches.
+
+    Networks that start at REWIND_STEP take the remaining steps only, with the batches of these steps. Pruned weights
+    stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh AdamW zero gradients
+    leave zero moments, which decoupled decay leaves alone.
+    Returns the weights at REWIND_STEP, the trained weights, and for each evaluation (step, train_loss, val_loss,
+    val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the mean over the batches since the
+    evaluation before. Raises UserError at the first evaluation after a loss that is not finite.
+    """
+    network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
+    trials = list(dict.fromkeys(trial for _, trial in networks))
+    parameters = as_rows(list(weights.values()))                    # (nets, numbers); a copy: theta0 stays as it is
+    weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
+    # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
+    # last bits would depend on how many others are in the stack.
+    rows, gradient_rows = parameters.unbind(), torch.zeros_like(parameters)
+    for row, gradient in zip(rows, gradient_rows, strict=True):
+        row.grad = gradient
+    gradients = as_views(gradient_rows, weights)
+    optimizer = torch.optim.AdamW(rows, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True,
+                                  capturable=device.type == "cuda")
+    order, dropout = batches(len(images), trials, level, device), generator("dropout", level=level, device=device)
+    factors = dropout_factors(network, BATCH_SIZE, device)
+    batch = torch.empty(len(networks), BATCH_SIZE, dtype=torch.int64, device=device)     # numbers of images
+    train_loss, since, evaluations = torch.zeros(len(networks), device=device), 0, []
+
+    def train_step() -> None:
+        x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)           # faster than images[batch]
+        loss = losses(forward(network, weights, x, factors), labels[batch])             # (nets,)
+        # The gradient of the sum: every network gets just its own, unscaled.
+        for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
+            torch.mul(gradient, masks.get(name, 1), out=gradients[name])
+        if CLIP_NORM is not None:
+            clip_per_network(gradient_rows, CLIP_NORM)
+        optimizer.step()
+        train_loss.add_(loss.detach())
+
+    begin, end, run = first_step(networks[0][0]), EPOCHS * steps_per_epoch(), train_step
+    early = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    for step in range(1, end + 1):
+        batch.copy_(next(order).repeat(len(networks) // len(trials), 1))
+        draw_dropout(factors, dropout)
+        if step <= begin:                                           # taken before, by the dense network
+            continue
+        if step == begin + 4:                                       # three steps have warmed the libraries up
+            run = captured(train_step, device)
+        run()
+        since += 1
+        if step == REWIND_STEP:
+            early = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        if step % EVAL_EVERY == 0 or step == end:
+            val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
+            _, test_accuracy = evaluate(network, weights, *data["test"])
+            measures = train_loss / since, val_loss, val_accuracy, test_accuracy
+            evaluations.append((step, *(measure.cpu() for measure in measures)))
+            if not (train_loss + val_loss).isfinite().all():
+                arm, trial = networks[(train_loss + val_loss).isfinite().tolist().index(False)]
+                raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite "
+                                f"by step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
+            train_loss.zero_()
+            since = 0
+        bar.update(len(networks))
+    return early, {name: tensor.detach() for name, tensor in weights.items()}, evaluations
+
 
 def steps_per_epoch() -> int:
     """Whole batches in an epoch: each epoch's order leaves out another remainder of the training images."""
     return (60_000 - VALIDATION_SIZE) // BATCH_SIZE
 
 
-def batches(images: int, level: int, device: torch.device) -> Iterator[Tensor]:
+def batches(images: int, trials: list[int], level: int, device: torch.device) -> Iterator[Tensor]:
     """Endless batches of image numbers (trials, batch): an order of its own for every trial, level and epoch."""
-    orders = [generator("order", trial, level) for trial in own_trials()]
+    orders = [generator("order", trial, level) for trial in trials]
     while True:
         epoch = torch.stack([torch.randperm(images, generator=order) for order in orders])
-        epoch = epoch.to(device, non_blocking=device.type == "cuda")                        # the GPU works on meanwhile
+        epoch = epoch.to(device, non_blocking=device.type == "cuda")                    # the GPU works on meanwhile
         yield from epoch[:, :images - images % BATCH_SIZE].split(BATCH_SIZE, dim=1)
 
 
@@ -558,139 +423,784 @@ def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: T
     return loss / len(images), 100 * correct / len(images)
 
 
-@functools.cache
-def graphs_work(device: torch.device) -> bool:
-    """Whether CUDA graphs can be captured on the device: not on a CPU, and not with CUDA_LAUNCH_BLOCKING=1."""
-    if device.type != "cuda":
-        return False
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-            torch.zeros(1, device=device)
-        return True
-    except RuntimeError as error:
-        print(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): steps are launched one by one", flush=True)
-        return False
+# ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
+
+def build_network(model: str, dropout: float) -> nn.Sequential:
+    """One plain network, "mlp" or "lenet". Its layers are also the plan by which `forward` runs a whole stack."""
+    if model == "mlp":
+        layers = OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
+            fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
+            output=nn.Linear(100, 10))
+    else:
+        layers = OrderedDict(
+            conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
+            conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
+            fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
+            output=nn.Linear(84, 10))
+    return nn.Sequential(layers)
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """A function that repeats all that the step does on the GPU by one launch.
+def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that have weights, by name, from the input to the output."""
+    return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def initial_weights(random: torch.Generator) -> Weights:
+    """One network's weights drawn by INIT, biases zero; linear weights are (in, out), their biases (1, out).
+
+    With (out, in), PyTorch's own layout, a third of the training time would go into copying transposes.
+    """
+    weights = {}
+    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
+        weight = torch.empty_like(layer.weight, requires_grad=False)
+        getattr(nn.init, INIT + "_")(weight, generator=random)
+        linear = isinstance(layer, nn.Linear)
+        weights[f"{name}.weight"] = weight.T.contiguous() if linear else weight
+        weights[f"{name}.bias"] = torch.zeros(1, layer.out_features) if linear else torch.zeros(layer.out_channels)
+    return weights
+
+
+def forward(network: nn.Sequential, weights: Weights, x: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
+    """Logits (nets, batch, 10) of a stack's networks, each on its own images x (nets, batch, 1, 28, 28).
+
+    With factors (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none.
+    Raises UserError for a layer that it does not serve.
+    """
+    dropout = iter(dropout)
+    for name, layer in network.named_children():
+        if type(layer) is nn.Linear and layer.bias is not None:
+            operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
+            if len(x) == 1:                         # a lone product would be rounded otherwise: give it a twin
+                operands = [tensor.expand(2, *tensor.shape[1:]) for tensor in operands]
+            x = torch.baddbmm(*operands)[:len(x)]
+        elif type(layer) is nn.Conv2d and (layer.groups, layer.padding_mode) == (1, "zeros") and layer.bias is not None:
+            kernels = zip(x, weights[f"{name}.weight"], weights[f"{name}.bias"], strict=True)   # net after net
+            x = [F.conv2d(*operands, layer.stride, layer.padding, layer.dilation) for operands in kernels]
+        elif type(layer) is nn.Flatten:
+            x = torch.stack([images.flatten(1) for images in x]) if isinstance(x, list) else x.flatten(2)
+        elif type(layer) is nn.Dropout and x.ndim == 3:
+            factor = next(dropout, None)
+            x = x if factor is None else x * factor
+        elif type(layer) is nn.MaxPool2d and layer.kernel_size == 2 and not torch.is_grad_enabled():
+            # Evaluating a LeNet takes half the time so; backwards it would be slower.
+            rows = [torch.maximum(images[:, :, ::2], images[:, :, 1::2]) for images in x]
+            x = [torch.maximum(images[..., ::2], images[..., 1::2]) for images in rows]
+        elif type(layer) in (nn.ReLU, nn.MaxPool2d):
+            x = [layer(images) for images in x] if isinstance(x, list) else layer(x)
+        else:
+            raise UserError(f"the layer {name}, {layer}, cannot be trained in a stack: forward serves nn.Linear, "
+                            "nn.Conv2d of stride 1, nn.ReLU, nn.MaxPool2d, nn.Flatten and nn.Dropout.")
+    return x
+
+
+def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -> list[Tensor]:
+    """Room for the factors (images, units) of each dropout layer, or none where nothing is dropped.
+
+    They serve the whole stack: drawn for each network they would cost as much time as a matrix product, and a trial's
+    result would depend on how many others run beside it.
+    """
+    units, factors = 0, []
+    for layer in network:
+        units = getattr(layer, "out_features", units)
+        if isinstance(layer, nn.Dropout) and DROPOUT:
+            factors.append(torch.empty(images, units, device=device))
+    return factors
+
+
+def draw_dropout(factors: list[Tensor], random: torch.Generator) -> None:
+    """Draw the factors anew, in place: 0 for units that are dropped, else such that the mean stays."""
+    for factor in factors:
+        factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
+
+
+# ---- Measures and claims: from the records of metrics.csv and nothing else -------------------------------------------
+
+# What is claimed of the first arm against the second, where (percent of the weights), and the paper's own figure
+CLAIMS = (
+    ("The ticket stops earlier than the dense network", "rewind", "dense", "stop_step", 21.1, "38 % earlier"),
+    ("The ticket is more accurate than the dense network", "rewind", "dense", "better", 13.5, "more than 0.3 points"),
+    ("The ticket is as accurate as the dense network", "rewind", "dense", "matching", 3.6, "back to dense"),
+    ("Re-initialised networks are less accurate than the dense ones", "dense", "reinit", "better", 21.1, "from here"),
+    ("Re-initialised networks stop later than the ticket", "rewind", "reinit", "stop_step", 21.1, "2.51 times"),
+    ("Re-initialised networks are less accurate than the ticket", "rewind", "reinit", "better", 21.1, "0.5 points"),
+    ("Networks pruned in one shot are less accurate than the ticket", "rewind", "oneshot", "better", 7.0, "(curves)"),
+    ("Shuffled masks are less accurate than the ticket", "rewind", "shuffle", "better", 21.1, "(curves)"),
+    ("Re-initialised networks come to the dense network's final validation accuracy later than the ticket",
+     "rewind", "reinit", "catch_up_step", 21.1, "(our own claim)"))
+
+
+def measure(records: pd.DataFrame) -> pd.DataFrame:
+    """A row per network, by arm, level and trial, from a row per evaluation.
+
+    weights_remaining, final_accuracy (test accuracy after the last step), stop_accuracy (at early stop: the evaluation
+    with the lowest validation loss), stop_step, and catch_up_step (the first with the validation accuracy that the
+    trial's dense network ends at). An early stop in the last 5 % of the training or at one of its last two evaluations
+    counts as not reached. Where stop_step_reached or catch_up_step_reached is false, the step is a lower bound.
+    Accuracies are whole ten-thousandths of a percent, so that equal counts of right images are equal numbers.
+    """
+    network, accuracies = ["arm", "level", "trial"], ["val_accuracy", "test_accuracy"]
+    records = records.assign(**(1e4 * records[accuracies]).round().astype("int64")).reset_index(drop=True)
+    last = records.loc[records.groupby(network)["step"].idxmax()].set_index(network)
+    stop = records.loc[records.groupby(network)["val_loss"].idxmin()].set_index(network)
+    end, too_late = records["step"].max(), records["step"].drop_duplicates().nlargest(2).min()
+    good = records[records["val_accuracy"] >= records["trial"].map(last.loc[("dense", 0), "val_accuracy"])]
+    catch_up = good.groupby(network)["step"].min().reindex(last.index)
+    return pd.DataFrame({
+        "weights_remaining": last["weights_remaining"], "final_accuracy": last["test_accuracy"],
+        "stop_accuracy": stop["test_accuracy"],
+        "stop_step": stop["step"], "stop_step_reached": stop["step"] < min(0.95 * end, too_late),
+        "catch_up_step": catch_up.fillna(end), "catch_up_step_reached": catch_up.notna()}).sort_index()
+
+
+def arms_of(networks: pd.DataFrame) -> list[str]:
+    """The arms of a run, rewind first."""
+    return [arm for arm in REGISTRY if arm in networks.index.unique("arm") and arm != "dense"]
+
+
+def by_level(networks: pd.DataFrame, column: str, arm: str) -> np.ndarray:
+    """A column of an arm, (levels, trials); level 0, the dense networks, is where every arm starts."""
+    column = networks.loc[[*{"dense", arm}], column].unstack("trial").sort_index(level="level")
+    return column.reindex(networks.index.unique("level").sort_values(), level="level").to_numpy()
+
+
+def remaining(networks: pd.DataFrame) -> np.ndarray:
+    """Percent of weights remaining at each level, (levels,)."""
+    return by_level(networks, "weights_remaining", (arms_of(networks) or ["dense"])[0])[:, 0]
+
+
+def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
+    """The levels nearest to so many percent of weights remaining, each once; never level 0 where there are others."""
+    pruned = remaining(networks)[1:]
+    return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents}) if len(pruned) else [0]
+
+
+def leads(networks: pd.DataFrame, one: str, other: str) -> np.ndarray:
+    """How many points one arm is ahead of another in test accuracy at early stop, trial by trial, (levels, trials)."""
+    one, other = (by_level(networks, "stop_accuracy", arm)[:1 if arm == "dense" else None] for arm in (one, other))
+    return (one - other) / 1e4                              # whole numbers are subtracted: ties stay ties
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Mean of paired differences (trials,), and half its 95 % interval by Student's t; with one trial nan."""
+    n = len(differences)
+    return differences.mean(), stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5 if n > 1 else math.nan
+
+
+def decide(differences: np.ndarray, margin: float = 0) -> str:
+    """Is the true mean of paired differences (trials,) above -margin: "yes", "no", "undecided" or "not tested"?
+
+    Yes if the whole 95 % interval is, no if the whole of it lies below 0. Without a spread it decides nothing.
+    """
+    if len(differences) < 3:
+        return "not tested"
+    mean, half = interval(differences)
+    if np.ptp(differences) == 0:
+        return "undecided"
+    return "yes" if mean - half > -margin else "no" if mean + half < 0 else "undecided"
+
+
+def decide_moments(steps: np.ndarray, reached: np.ndarray) -> str:
+    """Does the first of two moments come sooner? Of both: steps and whether they were reached, (2, trials).
+
+    Decided by the steps' differences where all were reached. Else nothing is imputed: a one-sided binomial test at 5 %
+    on the trials, in which ties, and pairs of which neither was reached, count for neither side and stay in n.
+    """
+    if reached.all() or reached.shape[1] < 3:
+        return decide(steps[1] - steps[0])
+    sooner, later = (stats.binomtest(count, reached.shape[1], alternative="greater").pvalue <= 0.05
+                     for count in count_sooner(steps, reached))
+    return "yes" if sooner else "no" if later else "undecided"
+
+
+def count_sooner(steps: np.ndarray, reached: np.ndarray) -> tuple[int, int]:
+    """In how many trials the first, and in how many the second of two moments, both (2, trials), comes sooner."""
+    first, second = np.where(reached, steps, np.inf)
+    return int((first < second).sum()), int((second < first).sum())
+
+
+def matching(networks: pd.DataFrame, arm: str) -> list[str]:
+    """Level by level whether an arm "matches" the dense networks, is "below" them, or is "undecided" or "not tested".
+
+    It matches if the whole interval of its lead lies above -MATCHING_MARGIN points: a test of non-inferiority.
+    """
+    answers = (decide(lead, MATCHING_MARGIN) for lead in leads(networks, arm, "dense")[1:])
+    return [{"yes": "matches", "no": "below"}.get(answer, answer) for answer in answers]
+
+
+def headline(answers: list[str]) -> tuple[int | None, int | None]:
+    """The last place that "matches" before the closing run of "below", and where that begins; None where there is none.
+    """
+    below = len(answers)
+    while below and answers[below - 1] == "below":
+        below -= 1
+    matches = [place for place in range(below) if answers[place] == "matches"]
+    return (matches[-1] if matches else None), (below if below < len(answers) else None)
+
+
+def verdict(networks: pd.DataFrame) -> list[str]:
+    """The answer in plain words: sentences."""
+    dense, percents = by_level(networks, "stop_accuracy", "dense")[0] / 1e4, remaining(networks)
+    sentences = [f"Dense networks reach {dense.mean():.2f} % test accuracy at early stop (mean of "
+                 f"{trials_in_words(networks)}, {dense.min():.2f} to {dense.max():.2f})."]
+    (level,) = levels_near(networks, 21.1)
+    for arm in arms_of(networks):
+        matches, below = headline(matching(networks, arm))
+        if dense.size >= 3:
+            sentences.append(f"{arm}: matches the dense networks " + ("at no level" if matches is None else
+                             f"down to {percents[1 + matches]:.1f} % of the weights")
+                             + f", below from {percents[1 + (below or 0)]:.1f} % on" * (below is not None) + ".")
+        if arm != "rewind":
+            sentences.append(f"At {percents[level]:.1f} % of the weights, rewind - {arm} is "
+                             f"{points(leads(networks, 'rewind', arm)[level])}.")
+    return sentences + ["Fewer than three trials decide nothing."] * (dense.size < 3 and len(percents) > 1)
+
+
+def points(differences: np.ndarray) -> str:
+    """Mean and half the 95 % interval of differences (trials,), in words."""
+    return "{:+.2f} ± {:.2f} points".format(*interval(differences)).replace("± nan ", "")
+
+
+def claims(networks: pd.DataFrame) -> list[list[str]]:
+    """The claims, decided: cells of claim, weights remaining, n, the paper's figure, ours, and answer."""
+    lines, there = [], {"dense", *arms_of(networks)}
+    for claim, one, other, kind, percent, paper in CLAIMS:
+        (level,) = levels_near(networks, percent)
+        left, missing = remaining(networks)[level], [arm for arm in ("rewind", one, other) if arm not in there]
+        if missing or abs(math.log(left / percent)) > math.log(1.25):
+            why = f"no {missing[0]} networks" if missing else f"no level near {percent} %"
+            lines.append([claim, "", "", paper, "", f"not tested: {why}"])
+            continue
+        if kind in ("better", "matching"):
+            lead = leads(networks, one, other)[level]
+            ours, answer = points(lead), decide(lead, MATCHING_MARGIN if kind == "matching" else 0)
+        else:
+            steps, reached = (np.stack([by_level(networks, column, arm)[level if arm != "dense" else 0]
+                                        for arm in (one, other)]) for column in (kind, f"{kind}_reached"))
+            ours, answer = compare_moments(steps, reached, other == "dense"), decide_moments(steps, reached)
+        words = {"yes": "borne out", "no": "contradicted", "not tested": "not tested: fewer than three trials"}
+        trials = len(networks.index.unique("trial"))
+        lines.append([claim, f"{left:.1f} %", f"{trials}", paper, ours, words.get(answer, answer)])
+    return lines
+
+
+def compare_moments(steps: np.ndarray, reached: np.ndarray, in_percent: bool) -> str:
+    """How much sooner the first of two moments comes, both (2, trials), in words."""
+    if reached.all():
+        (first, second), bound = steps.mean(1), ""
+        text = "{:.0f} ± {:.0f} steps sooner".format(*interval(steps[1] - steps[0])).replace("± nan ", "")
+    else:
+        (first, second), shown = np.median(steps, 1), [median_step(*both) for both in zip(steps, reached, strict=True)]
+        text = f"sooner in {count_sooner(steps, reached)[0]} of {len(steps[0])}, medians {shown[0]} and {shown[1]}"
+        if "≥" in shown[0]:                                 # a bound in the denominator gives no ratio
+            return text
+        bound = "≥ " * ("≥" in shown[1])
+    if in_percent and first <= second:
+        return f"{text}, {bound}{100 * (1 - first / second):.0f} % earlier"
+    return f"{text}, {bound}{second / first:.2f} times"
+
+
+def median_step(steps: np.ndarray, reached: np.ndarray) -> str:
+    """The median of steps (trials,), with "≥" where it falls on one that was not reached."""
+    return "≥ " * bool(np.isinf(np.median(np.where(reached, steps, np.inf)))) + f"{np.median(steps):.0f}"
+
+
+def questions(networks: pd.DataFrame, levels: list[int]) -> list[list[str]]:
+    """A row per arm: its question, and at some levels the ticket's lead over it, and the answer."""
+    lines = []
+    for arm in arms_of(networks)[1:]:
+        label, question, kind = REGISTRY[arm].label, REGISTRY[arm].question, REGISTRY[arm].kind
+        ahead, margin = leads(networks, "rewind", arm), MATCHING_MARGIN if kind != "difference" else 0
+        answers = [decide(-ahead[level] if kind == "enough" else ahead[level], margin) for level in levels]
+        lines.append([question, f"{arm} ({label})", *(f"{points(ahead[level])}: {answer}"
+                                                      for level, answer in zip(levels, answers, strict=True))])
+    return lines
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+MODELS = {"mlp": "LeNet-300-100", "lenet": "LeNet-5"}
+STYLE = sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scale=1.2)
+
+
+def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_masks: Tensor | None) -> dict[str, Figure]:
+    """Every figure that the run's arms, levels and moments give, by file name.
+
+    `first_masks`: the level at which each weight of the first layer was pruned, (trials, inputs, outputs).
+    """
+    arms = arms_of(networks)
+    title = f"Lottery tickets on {records['dataset'][0]}, {MODELS[records['model'][0]]}, {trials_in_words(networks)}"
+    figures = {"learning_curves.png": learning_curves(records, networks, title)}
+    if arms:
+        figures["accuracy_plot_iterative.png"] = accuracy_plot(networks, ["rewind"], title)
+        figures["comparison_plot.png"] = accuracy_plot(networks, arms, title)
+        figures["mask_plot.png"] = mask_plot(networks, first_masks, title)
+    if "reinit" in arms:
+        figures["accuracy_plot_reinit.png"] = accuracy_plot(networks, ["reinit"], title)
+    if "transfer" in arms:
+        figures["transfer_plot.png"] = transfer_plot(networks, title)
+    panels = {column: words for column, words in MOMENTS.items() if arms and is_reached_by_most(networks, column)}
+    if panels:
+        figures["early_stopping_plot.png"] = early_stopping_plot(records, networks, panels, title)
+    return figures
+
+
+def new_figure(title: str, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list]:
+    """A figure with a title and a row of axes, apart from pyplot: a notebook's own figures stay as they are."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
+
+
+def scale_weights_remaining(axes, networks: pd.DataFrame) -> None:
+    """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
+    sparsest = networks["weights_remaining"].min()
+    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1) if round(sparsest, 1) <= tick]
+    axes.set(xscale="log", xlim=(108, sparsest / 1.08), xlabel="weights remaining (%)")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def drawn_as(arm: str) -> dict:
+    """How an arm is drawn in every figure; the two main arms are the boldest."""
+    description, main = REGISTRY[arm], arm in ("rewind", "reinit")
+    return {"color": description.colour, "marker": description.marker, "label": description.label,
+            "linewidth": 2.6 if main else 1.6, "markersize": 8, "zorder": 3 if main else 2.5}
+
+
+def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], labels: dict[str, str] | None = None) -> None:
+    """Test accuracy at early stop versus weights remaining of some arms, the dense networks dashed.
+
+    Lines are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale is the
+    same whichever arms are drawn.
+    """
+    accuracy = networks["stop_accuracy"] / 1e4
+    mean = accuracy["dense"].mean()
+    axes.axhline(mean, color=REGISTRY["dense"].colour, linestyle="--", label=f"dense network ({mean:.2f} %)")
+    for arm in arms:
+        drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])                   # every arm starts from dense
+        sns.lineplot(x=drawn["weights_remaining"], y=drawn["stop_accuracy"] / 1e4, ax=axes, legend=False,
+                     errorbar=("pi", 100) if arm in ("rewind", "reinit") else None,
+                     **drawn_as(arm) | ({"label": labels[arm]} if labels else {}))
+    scale_weights_remaining(axes, networks)
+    margin = 0.05 * np.ptp(accuracy) + 0.01
+    axes.set(ylim=(accuracy.min() - margin, accuracy.max() + margin), ylabel="test accuracy at early stop (%)")
+    axes.legend(loc="lower left")
+
+
+def accuracy_plot(networks: pd.DataFrame, arms: list[str], title: str) -> Figure:
+    """Accuracy versus weights remaining of some arms; beyond four, controls of the weights and of the mask apart."""
+    main = [arm for arm in arms if arm in ("rewind", "reinit")]
+    parts = {"": arms} if len(arms) <= 4 else {
+        f"Controls of the {part}": [arm for arm in arms if arm in main or REGISTRY[arm].controls == part]
+        for part in ("weights", "mask")}
+    figure, row = new_figure(title, len(parts), (1.2 + 7.4 * len(parts), 5.6), sharey=True)
+    for axes, (words, shown) in zip(row, parts.items(), strict=True):
+        accuracy_panel(axes, networks, shown)
+        axes.set_title(words)
+    return figure
+
+
+def transfer_plot(networks: pd.DataFrame, title: str) -> Figure:
+    """Do tickets found on another dataset train as well as those found here? Accuracies, and paired differences."""
+    figure, (left, right) = new_figure(title, 2, (15, 5.6))
+    here, there = "ticket found here", REGISTRY["transfer"].label
+    labels = {"rewind": here, "transfer": there, "reinit": "mask found here, new weights"}
+    labels = {arm: label for arm, label in labels.items() if arm in arms_of(networks)}
+    accuracy_panel(left, networks, list(labels), labels)
+    right.axhline(0, color=REGISTRY["dense"].colour, linestyle="--")
+    for arm in [arm for arm in labels if arm != "transfer"]:
+        mean, half = np.transpose([interval(lead) for lead in leads(networks, "transfer", arm)])
+        right.plot(remaining(networks), mean, **drawn_as(arm) | {"label": f"minus {labels[arm]}"})
+        right.fill_between(remaining(networks), mean - half, mean + half, color=REGISTRY[arm].colour, alpha=0.2)
+    scale_weights_remaining(right, networks)
+    right.set(ylabel=f"{there} (points)", title="paired difference, mean and 95 % interval")
+    right.legend(loc="best")
+    return figure
+
+
+MOMENTS = {"stop_step": "early stop: lowest validation loss",
+           "catch_up_step": "first as good as the dense network ends"}
+
+
+def is_reached_by_most(networks: pd.DataFrame, column: str) -> bool:
+    """Whether at any level the median network of an arm reaches the moment."""
+    reached = networks.drop("dense")[f"{column}_reached"].groupby(["arm", "level"]).mean()
+    return bool((reached > 0.5).any())
+
+
+def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: dict[str, str], title: str) -> Figure:
+    """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
+    figure, row = new_figure(title, len(panels), (1.2 + 7.4 * len(panels), 6.2), sharey=True)
+    last, arms = records["step"].max(), arms_of(networks)
+    for axes, (column, words) in zip(row, panels.items(), strict=True):
+        axes.axhline(last, color=REGISTRY["dense"].colour, linestyle=":", label=f"end of training ({last} steps)")
+        for place, arm in enumerate(arms, start=1):
+            drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])
+            steps = drawn[column].where(drawn[f"{column}_reached"], np.inf).groupby(drawn["weights_remaining"]).median()
+            missed = np.isinf(steps)
+            style = drawn_as(arm)
+            axes.plot(steps.mask(missed), **style)
+            axes.plot(steps.index[missed], np.full(missed.sum(), last * (1 + 0.05 * place)), linestyle="",
+                      **style | {"label": None, "markerfacecolor": "white", "markeredgewidth": 1.5})
+        scale_weights_remaining(axes, networks)
+        axes.set_yticks([tick for tick in matplotlib.ticker.MaxNLocator(7).tick_values(0, last) if tick <= last])
+        axes.set(ylim=(0, last * (1.06 + 0.05 * len(arms))), ylabel="median step (hollow: not reached by most)",
+                 title=words)
+    # Below the panels: within them, no place is free in every run.
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(panels))
+    return figure
+
+
+def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -> Figure:
+    """Test accuracy while training, at a few sparsities, the dense networks dashed."""
+    arms = arms_of(networks)
+    levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
+    figure, row = new_figure(title, len(levels), (6 + 3 * len(levels), 5.6), sharey=True)
+    for level, axes in zip(levels, row, strict=True):
+        for arm, at in {"dense": 0, **dict.fromkeys(arms, level)}.items():
+            drawn = records[(records["arm"] == arm) & (records["level"] == at)]
+            sns.lineplot(drawn, x="step", y="test_accuracy", ax=axes, legend=False,
+                         errorbar=("pi", 100) if arm in ("rewind", "reinit") else None, linestyle="-" if at else "--",
+                         markevery=1 + drawn["step"].nunique() // 12, **drawn_as(arm))
+        axes.set(xlabel="training step", ylabel="test accuracy (%)",
+                 title=f"{remaining(networks)[level]:.1f} % of the weights")
+    # The first twentieth of the training may lie below the axis: the rest would be squeezed into a line.
+    shown = records[records["level"].isin([0, *levels]) & (records["step"] > records["step"].max() / 20)]
+    row[0].set_ylim(shown["test_accuracy"].min() - 0.5, shown["test_accuracy"].max() + 0.5)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(levels))
+    return figure
+
+
+def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
+    """Share of the first layer's weights that survive at each place of its input, a pixel or a place of the kernel.
+
+    pruned_at: (trials, places, outputs).
+    """
+    levels, side = levels_near(networks, 51.3, 21.1, 7.0, 3.6), math.isqrt(pruned_at.shape[1])
+    figure, row = new_figure(f"{title}: first layer", len(levels), (3.8 * len(levels), 5.6))
+    for level, axes in zip(levels, row, strict=True):
+        share = 100 * masks_at({"first": pruned_at}, level)["first"].mean((0, 2)).view(side, side).numpy()
+        image = axes.imshow(share, cmap="rocket", vmin=0)
+        figure.colorbar(image, ax=axes, location="bottom", label="weights left (%)")
+        axes.set(title=f"{remaining(networks)[level]:.1f} % of all weights", xlabel="column", ylabel="row",
+                 xticks=[], yticks=[])
+    return figure
+
+
+# ======================================================================================================================
+# Machinery: nothing below changes a number
+# ======================================================================================================================
+
+STACK_SIZE = 20                       # networks that train together
+
+LINE = "\n"                           # f-strings of Python 3.10 may hold no backslash
+OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
+           "learning_curves.png", "mask_plot.png", "transfer_plot.png", "tickets.pt", "metrics.csv", "summary.md")
+
+
+class UserError(ValueError):
+    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
+
+
+# ---- Tensors of many networks ----------------------------------------------------------------------------------------
+
+def stack(networks: list[Weights]) -> Weights:
+    """Single networks' tensors, stacked along a new leading nets dimension."""
+    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
+
+
+def pick(tensors: Weights, n: int) -> Weights:
+    """The tensors of a stack's n-th network, without the nets dimension."""
+    return {name: tensor[n] for name, tensor in tensors.items()}
+
+
+def as_rows(tensors: list[Tensor]) -> Tensor:
+    """A stack's tensors side by side: all that belongs to a network in one row, (nets, numbers)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+
+
+def as_views(rows: Tensor, shapes: Weights) -> Weights:
+    """The rows' parts under the names and in the shapes of a stack's tensors; they share the rows' memory."""
+    parts = rows.split([tensor[0].numel() for tensor in shapes.values()], 1)
+    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, shapes.items(), strict=True)}
+
+
+def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
+    """A copy of a plain network, on the CPU, that holds a single network's weights. Raises RuntimeError if they differ.
+    """
+    plain = {name: tensor.flatten() if name.endswith(".bias") else tensor.T if tensor.ndim == 2 else tensor
+             for name, tensor in weights.items()}
+    network = copy.deepcopy(network)
+    network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                             for name, tensor in plain.items()}, assign=True)
+    return network
+
+print_once = functools.cache(print)
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On CUDA a function that repeats all that the step does there by one launch, a CUDA graph; else the step itself.
 
     The step must have run before, on the same stream, must read and write the same tensors each time, and draw no
-    random numbers. It does not run while it is captured.
+    random numbers. It does not run while it is captured: where that fails, the training goes on as it stood.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        step()
-    return graph.replay
+    if device.type != "cuda":
+        return step
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            step()
+        return graph.replay
+    except RuntimeError as error:
+        print_once(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): steps are launched one by one")
+        return step
 
 
-def train(weights: Weights, masks: Masks, data: dict[str, tuple[Tensor, Tensor]], arms: tuple[str, ...], level: int,
-          steps: int, bar: tqdm, begin: int = 0) -> tuple[Weights, list[tuple]]:
-    """Train a stack of networks, arm after arm of one per trial; the trials of all arms see the same batches.
+# ---- Records and progress --------------------------------------------------------------------------------------------
 
-    With `begin`, the weights are those after so many steps, and only the remaining ones are taken.
+def tabulate(networks: list[tuple[str, int]], level: int, masks: Masks, evaluations: list[tuple]) -> list[dict]:
+    """Rows of metrics.csv: one per evaluation of each network (arm, trial) of a stack."""
+    percent = weights_remaining(masks)
+    return [{"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": level,
+             "weights_remaining": float(f"{percent[n]:.6g}"), "step": step}
+            | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
+                ("train_loss", "val_loss", "val_accuracy", "test_accuracy"), measures, strict=True)}
+            for n, (arm, trial) in enumerate(networks) for step, *measures in evaluations]
 
-    Pruned weights stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh
-    AdamW zero gradients leave zero moments, which decoupled decay leaves alone.
-    Returns the trained weights, and for each evaluation (step, train_loss, val_loss, val_accuracy, test_accuracy),
-    all but the step (nets,) on the CPU; train_loss is the mean over the batches since the evaluation before.
-    Raises UserError at the first evaluation after a loss that is not finite.
+
+def in_order(records: list[dict]) -> list[dict]:
+    """By level, arm, trial and step."""
+    arms = ["dense", *ARMS]
+    return sorted(records, key=lambda row: (row["level"], arms.index(row["arm"]), row["trial"], row["step"]))
+
+
+def finish_level(state: dict, new: dict, checkpoint: Path, bar: tqdm) -> None:
+    """Bring the state up to date with a level, save it, and print a line."""
+    if new["level"] == 0:
+        new["dense"] = new["trained"]
+    else:
+        del new["theta"]
+    state |= new | {"records": in_order(state["records"] + new["records"])}     # at once: whatever ends the run finds
+    with one_at_a_time(checkpoint.parent):                                      # whole levels
+        write_whole(checkpoint, packed(state))
+    networks = measure(pd.DataFrame(state["records"])).xs(new["level"], level="level")
+    shown = [networks.loc[arm if new["level"] else "dense"] for arm in (ARMS if LEVELS else ("dense",))]
+    first = networks.loc["rewind" if new["level"] else "dense", "weights_remaining"].iloc[0]
+    left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial)
+    with tqdm.external_write_mode():
+        print(f"{new['level']:5}{first:18.1f} %"
+              + "".join(f"{arm['stop_accuracy'].mean() / 1e4:9.2f} %" for arm in shown) + f"{left / 60:8.1f} min",
+              flush=True)
+
+
+def progress_bar(done: int) -> tqdm:
+    """A bar over all levels after the one that was done last; its unit is one step of one network. On a terminal only.
+
+    Prints the head of the table whose lines `finish_level` prints.
     """
-    network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
-    nets, trials = len(weights["output.bias"]), own_trials()
-    parameters = as_rows(list(weights.values()))                    # a copy: theta0 stays as it is
-    weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
-    # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
-    # last bits would depend on how many others are in the stack.
-    gradient_rows, networks = torch.zeros_like(parameters), parameters.unbind()
-    for network_parameters, gradient in zip(networks, gradient_rows, strict=True):
-        network_parameters.grad = gradient
-    gradients = as_views(gradient_rows, weights)
-    optimizer = torch.optim.AdamW(networks, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True,
-                                  capturable=device.type == "cuda")
-    factors = dropout_factors(network, BATCH_SIZE, device) if DROPOUT else []
-    dropout, order = generator("dropout", level=level, device=device), batches(len(images), level, device)
-    batch = torch.empty(nets, BATCH_SIZE, dtype=torch.int64, device=device)
-    train_loss, since, evaluations = torch.zeros(nets, device=device), 0, []
-
-    def train_step() -> None:
-        x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)               # faster than images[batch]
-        loss = losses(forward(network, weights, x, factors), labels[batch])                 # (nets,)
-        # The gradient of the sum: every network gets just its own, unscaled.
-        for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
-            torch.mul(gradient, masks.get(name, 1), out=gradients[name])
-        if CLIP_NORM is not None:
-            clip_per_network(gradient_rows, CLIP_NORM)
-        optimizer.step()
-        train_loss.add_(loss.detach())
-
-    run = train_step
-    for step in range(begin + 1, steps + 1):
-        batch.copy_(next(order).repeat(nets // len(trials), 1))
-        draw_dropout(factors, dropout)
-        if step == begin + 4 and graphs_work(device):               # three steps warm the libraries up
-            run = capture(train_step)
-        run()
-        since += 1
-        if step % EVAL_EVERY == 0 or step == steps:
-            val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
-            _, test_accuracy = evaluate(network, weights, *data["test"])
-            measures = train_loss / since, val_loss, val_accuracy, test_accuracy
-            evaluations.append((step, *(measure.cpu() for measure in measures)))
-            finite = (train_loss + val_loss).isfinite().tolist()
-            if not all(finite):
-                arm, trial = divmod(finite.index(False), len(trials))
-                raise UserError(f"training diverged: the loss of {arms[arm]}, trial {trials[trial]}, at level {level} "
-                                f"was not finite by step {step}. Finished levels are kept; try a LEARNING_RATE below "
-                                f"{LEARNING_RATE}.")
-            train_loss.zero_()
-            since = 0
-        bar.update(nets)
-    return {name: tensor.detach() for name, tensor in weights.items()}, evaluations
+    steps, trials, (rank, processes) = EPOCHS * steps_per_epoch(), own_trials(), process()
+    work = [len(trials) * sum(steps - first_step(arm) for arm in arms) for arms in [("dense",)] + LEVELS * [ARMS]]
+    if processes > 1:
+        print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
+              + f"; shown is the progress of the first one, with {trials}")
+    print("Test accuracy at early stop, means:\nlevel   weights remaining"
+          + "".join(f"{arm:>11}" for arm in (ARMS if LEVELS else ("dense",))) + "   time left", flush=True)
+    visible = rank == 0 and sys.stderr.isatty()
+    return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
+                file=sys.stderr if visible else open(os.devnull, "w"),
+                bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
 
 
-# ---- Experiment ------------------------------------------------------------------------------------------------------
+# ---- Several processes -----------------------------------------------------------------------------------------------
 
-COLUMNS = ("dataset", "model", "arm", "trial", "level", "weights_remaining", "step",
-           "train_loss", "val_loss", "val_accuracy", "test_accuracy")
-
-
-def experiment() -> dict:
-    """The constants that the numbers depend on: where the files lie, and what computes, is no part of an experiment."""
-    return {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR", "DEVICE")}
+def process() -> tuple[int, int]:
+    """This process's rank, and how many processes share the run: as torchrun says, else one alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def checkpoint_path() -> Path:
-    """Where an unfinished run keeps its state: each experiment, and each process of a run, has a file of its own."""
+def own_trials() -> list[int]:
+    """The trials of this process; there may be none."""
+    rank, processes = process()
+    return list(range(TRIALS)[rank::processes])
+
+
+def gather(state: dict) -> dict:
+    """On the first process, what all processes recorded and found, as one process alone would have it.
+
+    Between processes nothing passes but this, at the end: a process that is killed and started again delays no other.
+    """
+    rank, processes = process()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # while it waits for the others, Python hears no signal
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # the slowest is waited for
+    states = [None] * processes if rank == 0 else None
+    torch.distributed.gather_object({key: state[key] for key in ("records", "theta", "pruned_at")}, states)
+    if rank > 0:
+        return state
+    merged = {key: {trial: found for part in states for trial, found in part[key].items()}
+              for key in ("theta", "pruned_at")}
+    return state | merged | {"records": in_order(list(itertools.chain(*(part["records"] for part in states))))}
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+SHAPES = {"train-images-idx3-ubyte.gz": (60_000, 28, 28), "train-labels-idx1-ubyte.gz": (60_000,),
+          "t10k-images-idx3-ubyte.gz": (10_000, 28, 28), "t10k-labels-idx1-ubyte.gz": (10_000,)}
+
+
+def load_dataset(device: torch.device) -> Dataset:
+    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
+
+    The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
+    """
+    source = getattr(torchvision.datasets, DATASET)         # knows the sums and where to download
+    raw, md5 = beside_script(DATA_DIR) / DATASET / "raw", dict(source.resources)
+    images, labels, test_images, test_labels = (read_idx(raw / name, md5[name], source.mirrors) for name in SHAPES)
+    order = torch.randperm(len(images), generator=generator("split"))
+    rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
+    splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
+              "test": (test_images, test_labels)}
+    deviation, mean = torch.std_mean(splits["train"][0] / 255)
+    normalise = {"standardised": lambda x: (x / 255 - mean).div_(deviation),
+                 "unit_interval": lambda x: x / 255,
+                 "unit_length": lambda x: F.normalize(x.float(), dim=(1, 2))}[PIXELS]
+    return {name: (normalise(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
+
+
+def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
+    """The bytes in an IDX file: from its archive, or unpacked where there is no archive, or downloaded.
+
+    The archive has a sum to be checked by, and so comes first; one that fails is downloaded again. Files are never
+    unpacked, so that the folder may be read-only.
+    """
+    file, reason = archive.with_suffix(""), ""
+    if archive.exists() or not file.exists():
+        file, sound = archive, check_integrity(archive, md5)
+        for mirror in () if sound else mirrors:
+            try:
+                download_url(mirror + archive.name, str(archive.parent), md5=md5)       # compares the sum, too
+                sound = True
+                break
+            except (OSError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[-1]
+        if not sound:
+            raise UserError(f"{archive} is {'damaged' if archive.exists() else 'missing'} and could not be downloaded "
+                            f"({reason}): put the archive with the md5 sum {md5} there, or in its place the "
+                            "unpacked file, or set DATA_DIR.")
+    content, shape = file.read_bytes(), SHAPES[archive.name]
+    content = gzip.decompress(content) if file == archive else content
+    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()            # of unsigned bytes, and the dimensions
+    body = content[len(header):]
+    if not content.startswith(header) or len(body) != math.prod(shape) or ("labels" in file.name and max(body) > 9):
+        raise UserError(f"{file} is damaged, or not what its name says: {len(content)} bytes instead of "
+                        f"{len(header) + math.prod(shape)}, or others than it should hold. Put the right one there.")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+def beside_script(path: str) -> Path:
+    """The path itself if absolute, else taken from the folder of this script."""
+    return Path(__file__).resolve().parent / os.path.expanduser(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: nobody ever sees half a file. To be called with the folder
+    locked: then whatever has such a name was left by a process that was killed, and is removed."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())                         # on the disk before its name: power may fail, too
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def packed(tensors: dict) -> bytes:
+    """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    return content.getvalue()
+
+
+def read_saved(path: Path) -> dict:
+    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors.
+
+    The sums inside are compared first: torch.load would take flipped bits for weights.
+    """
+    content = io.BytesIO(path.read_bytes())
+    if zipfile.ZipFile(content).testzip() is not None:
+        raise zipfile.BadZipFile("wrong sum")
+    content.seek(0)
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def unused(path: Path) -> Path:
+    """The path itself, or where it exists the first that does not with -2, -3 and so on behind it."""
+    numbered = (path.with_name(path.name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait while another process writes to the folder; a lock that even a killed process gives back."""
+    try:
+        import fcntl
+    except ImportError:                                     # on Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):                  # a network folder may know no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# ---- Checkpoints and tickets -----------------------------------------------------------------------------------------
+
+def checkpoint_path(device: torch.device) -> Path:
+    """Where an unfinished run keeps its state: each experiment, each version of what computes it, and each process of a
+    run has a file of its own."""
     settings = experiment()
     if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
         settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    version = [script_sum(), torch.__version__, device.type, torch.get_num_threads()]
+    first, second = (hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+                     for what in (settings, version))
     rank, processes = process()
     share = f"-{rank + 1}-of-{processes}" if processes > 1 else ""
-    return beside_script(RESULTS_DIR) / f"checkpoint-{digest[:12]}{share}.pt"
+    return beside_script(RESULTS_DIR) / f"checkpoint-{first}-{second}{share}.pt"
 
 
-def records(level: int, arms: tuple[str, ...], masks: Masks, evaluations: list[tuple]) -> list[dict]:
-    """A row per evaluation of each network of a level, by arm, trial and step."""
-    left = weights_remaining(masks)
-    return [dict(zip(COLUMNS, (DATASET, MODEL, arm, trial, level, float(f"{left[net]:.6g}"), step,
-                               *(float(f"{measure[net]:.6g}") for measure in measures)), strict=True))
-            for net, (arm, trial) in enumerate(itertools.product(arms, own_trials()))
-            for step, *measures in evaluations]
+def script_sum() -> str:
+    """The sha256 sum of this script's bytes."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def new_state(run: str) -> dict:
+    """The state before level 0: the run's name, the level that was finished last, records, and by trial `theta` (the
+    weights to rewind to), pruned_at, the trained dense networks and the rewind networks as they were trained last."""
+    theta0 = {trial: initial_weights(generator("init", trial)) for trial in own_trials()}
+    never = {trial: {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(weights).items()}
+             for trial, weights in theta0.items()}
+    return {"run": run, "level": -1, "records": [], "theta": theta0, "pruned_at": never, "dense": {}, "trained": {}}
 
 
 def load_state(checkpoint: Path) -> dict:
-    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside.
-
-    It holds the run's name, the level that was finished last, rows, theta0, pruned_at, the trained dense networks and
-    the rewind networks as they were trained last.
-    """
-    theta0 = stack([initial_weights(generator("init", trial)) for trial in own_trials()])
-    never = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(theta0).items()}
-    new = {"run": checkpoint.name, "level": -1, "rows": [], "theta0": theta0, "pruned_at": never,
-           "dense": {}, "trained": {}}
+    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside."""
+    new = new_state(checkpoint.name)
     if not checkpoint.exists():
+        for other in checkpoint.parent.glob(re.sub(r"^(checkpoint-\w+)-\w+", r"\1-*", checkpoint.name)):
+            print(f"{other.name} is of the same experiment, but of another version of the script or of PyTorch, kind of "
+                  "device or number of threads: it is not used, and this run starts afresh", flush=True)
         return new
     try:
         state = read_saved(checkpoint)
@@ -707,464 +1217,95 @@ def load_state(checkpoint: Path) -> dict:
     return state
 
 
-def prune_tickets(state: dict, level: int) -> Masks:
-    """The level at which each weight was pruned, with this level's: the rewind networks as trained the level before."""
-    before = masks_at(state["pruned_at"], level - 1)
-    left = prune(state["trained"], before, prune_rates(build_network(MODEL, DROPOUT)), PRUNE_SCOPE)
-    return {name: levels.masked_fill(before[name] > left[name], level) for name, levels in state["pruned_at"].items()}
+def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
+    """One ticket as an ordinary network at its initial weights, with `torch.nn.utils.prune` masks, ready to train.
 
-
-def start_arms(state: dict, arms: tuple[str, ...], tickets: Masks, given: dict | None,
-               level: int) -> tuple[Weights, Masks]:
-    """The stack that a level starts from: every arm's networks, one per trial. `given`: tickets found elsewhere."""
-    starts = [ARM_STARTS[arm](
-        theta0=pick(state["theta0"], n), masks=pick(tickets, n), dense=pick(state["dense"], n),
-        random=generator(arm, trial, level) if arm in PURPOSES else None,
-        ticket=given and (pick(given["theta0"], trial), masks_at(pick(given["pruned_at"], trial), level)))
-        for arm, (n, trial) in itertools.product(arms, enumerate(own_trials()))]
-    return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
-
-
-def run_experiment(state: dict, data: dict[str, tuple[Tensor, Tensor]], given: dict | None, device: torch.device,
-                   checkpoint: Path) -> None:
-    """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
-
-    The iterative strategy of the paper's section 2. The state is brought up to date, and saved, after each level.
+    Raises UserError for a file that is no tickets.pt, IndexError for a trial or a level that it does not hold.
     """
-    steps, trials, (rank, processes) = EPOCHS * steps_per_epoch(), len(own_trials()), process()
-    # The unit of progress is one step of one network: level 0 has fewer networks than the others.
-    work = [trials * (steps + REWIND_STEP)] + LEVELS * [trials * len(ARMS) * (steps - REWIND_STEP)]
-    before, begun = sum(work[:state["level"] + 1]), time.monotonic()
-    if processes > 1:
-        print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
-              + f"; shown is the progress of the first one, with {[*own_trials()]}")
-    columns = ARMS if LEVELS else ("dense",)
-    print("level   weights remaining" + "".join(f"{arm:>11}" for arm in columns) + "   time left", flush=True)
-    with tqdm(total=sum(work), initial=before, smoothing=0, disable=rank > 0 or None, leave=False,
-              bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left") as bar:
-        for level in range(state["level"] + 1, LEVELS + 1):
-            arms = ARMS if level else ("dense",)
-            pruned_at = prune_tickets(state, level) if level else state["pruned_at"]
-            weights, masks = start_arms(state, arms, masks_at(pruned_at, level), given, level)
-            weights, masks = ({name: t.to(device) for name, t in tensors.items()} for tensors in (weights, masks))
-            begin = REWIND_STEP if level else 0
-            trained, evaluations = train(weights, masks, data, arms, level, steps, bar, begin)
-            first = trials * arms.index("rewind" if level else "dense")
-            trained = {name: tensor[first:first + trials].clone().cpu() for name, tensor in trained.items()}
-            new = {"level": level, "rows": state["rows"] + records(level, arms, masks, evaluations),
-                   "pruned_at": pruned_at, "trained": trained}
-            if level == 0:
-                new["dense"] = trained
-                if REWIND_STEP:                             # the same first steps again: the weights to rewind to
-                    early, _ = train(weights, masks, data, arms, level, REWIND_STEP, bar)
-                    new["theta0"] = {name: tensor.cpu() for name, tensor in early.items()}
-            write_whole(checkpoint, packed(state | new))
-            state.update(new)                               # at once: whatever ends the run finds whole levels
-
-            left = (time.monotonic() - begun) * sum(work[level + 1:]) / (sum(work[:level + 1]) - before)
-            accuracy = evaluations[-1][-1].view(len(arms), trials).mean(1).tolist() * (len(columns) // len(arms))
-            with tqdm.external_write_mode():
-                print(f"{level:5}{weights_remaining(masks)[first]:18.1f} %" + "".join(f"{x:9.2f} %" for x in accuracy)
-                      + f"{left / 60:8.1f} min", flush=True)
+    tickets = load_tickets(path)
+    trials, levels = tickets["constants"]["TRIALS"], tickets["constants"]["LEVELS"]
+    if not (0 <= trial < trials and 0 <= level <= levels):
+        raise IndexError(f"{path} holds trials 0 to {trials - 1} and levels 0 to {levels}")
+    network = build_network(tickets["constants"]["MODEL"], tickets["constants"]["DROPOUT"])
+    network = as_plain_network(network, pick(tickets["theta0"], trial))
+    masks = masks_at(pick(tickets["pruned_at"], trial), level)
+    for name, layer in weighted_layers(network).items():
+        mask = masks[f"{name}.weight"]
+        torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
+    return network
 
 
-def gather(state: dict) -> dict:
-    """On the first process, what all processes recorded and found, as one process alone would have it.
+def load_tickets(path: str | Path) -> dict:
+    """What a tickets.pt holds: the run's constants, theta0, and for each prunable weight its level of pruning.
 
-    Between processes nothing passes but this, at the end: a process that is killed and started again delays no other.
+    Raises UserError unless it is whole, and what this script writes.
     """
-    rank, processes = process()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # while it waits for the others, Python hears no signal
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # the slowest is waited for
-    states = [None] * processes if rank == 0 else None
-    torch.distributed.gather_object({key: state[key] for key in ("rows", "theta0", "pruned_at")}, states)
-    if rank > 0:
-        return state
-    rows = sorted(itertools.chain(*(part["rows"] for part in states)), key=lambda row: (
-        row["level"], row["level"] and ARMS.index(row["arm"]), row["trial"], row["step"]))
-    tensors = {key: stack([pick(states[trial % processes][key], trial // processes) for trial in range(TRIALS)])
-               for key in ("theta0", "pruned_at")}
-    return state | {"rows": rows} | tensors
-
-
-# ---- Results: tables and figures read the records and nothing else ---------------------------------------------------
-
-OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "learning_curves.png", "mask_plot.png", "transfer_plot.png", "tickets.pt", "metrics.csv", "summary.md")
-COLOURS = {"dense": "0.35"} | dict(zip(ALL_ARMS, sns.color_palette("colorblind"), strict=False))
-MARKERS = dict(zip(("dense", *ALL_ARMS), "Pos^Dv", strict=True))
-
-
-def arms_of(rows: list[dict]) -> list[str]:
-    """The arms of a run, in their order."""
-    return list(dict.fromkeys(row["arm"] for row in rows if row["arm"] != "dense"))
-
-
-def measured(rows: list[dict], arm: str, column: str) -> np.ndarray:
-    """A column as an array (levels, trials, evaluations); level 0, the dense networks, is where every arm starts.
-
-    Of the dense networks' evaluations, only those are taken that the arm has, too: after REWIND_STEP.
-    """
-    rows = [row for row in rows if row["arm"] in ("dense", arm)]
-    steps = {row["step"] for row in rows if row["level"] == rows[-1]["level"]}
-    values = [row[column] for row in rows if row["step"] in steps]
-    return np.array(values).reshape(-1, len({row["trial"] for row in rows}), len(steps))
-
-
-def final(rows: list[dict], arm: str, column: str = "test_accuracy") -> np.ndarray:
-    """A column after the last step, (levels, trials)."""
-    return measured(rows, arm, column)[:, :, -1]
-
-
-def remaining(rows: list[dict], arm: str = "rewind") -> np.ndarray:
-    """Percent of weights remaining, (levels,); the same in every arm but transfer, whose masks come from elsewhere."""
-    return final(rows, arm, "weights_remaining").mean(1)
-
-
-def early_stop(rows: list[dict], arm: str) -> np.ndarray:
-    """Step of the lowest validation loss, (levels, trials); infinite where it is the last step: none was reached."""
-    steps = np.append(measured(rows, arm, "step")[0, 0, :-1], np.inf)
-    return steps[measured(rows, arm, "val_loss").argmin(2)]
-
-
-def at_early_stop(rows: list[dict], arm: str) -> np.ndarray:
-    """Test accuracy at the lowest validation loss, (levels, trials)."""
-    lowest = measured(rows, arm, "val_loss").argmin(2)[..., None]
-    return np.take_along_axis(measured(rows, arm, "test_accuracy"), lowest, 2)[..., 0]
-
-
-def catch_up(rows: list[dict], arm: str) -> np.ndarray:
-    """First step with the validation accuracy that the trial's dense network ends at, (levels, trials), or infinite."""
-    accuracy = measured(rows, arm, "val_accuracy")
-    there = accuracy >= accuracy[:1, :, -1:]
-    return np.where(there.any(2), measured(rows, arm, "step")[0, 0][there.argmax(2)], np.inf)
-
-
-def paired_interval(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over trials of paired differences (levels, trials), and half its 95 % interval by Student's t: (levels,).
-
-    One trial has no interval: nan.
-    """
-    n = differences.shape[1]
-    if n == 1:
-        return differences[:, 0], np.full(len(differences), np.nan)
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 400_001)     # t = sqrt(n - 1) tan(angle) has density cos(angle)^(n - 2)
-    below = np.cumsum(np.cos(angle) ** (n - 2))
-    quantile = np.sqrt(n - 1) * np.tan(np.interp(0.975, below / below[-1], angle))
-    return differences.mean(1), quantile * differences.std(1, ddof=1) / np.sqrt(n)
-
-
-def matching_levels(accuracy: np.ndarray) -> np.ndarray:
-    """The sparsest level at which accuracies (levels, ...) are not below level 0, the dense networks: (...)."""
-    return len(accuracy) - 1 - (accuracy >= accuracy[0])[::-1].argmax(0)
-
-
-def verdict(rows: list[dict]) -> list[str]:
-    """The answer in plain words: sentences."""
-    dense, left = final(rows, "dense"), remaining(rows)
-    trials = f"{dense.size} trial" + "s" * (dense.size > 1)
-    sentences = [f"The dense networks end at {dense.mean():.2f} % test accuracy (mean of {trials}, {dense.min():.2f} "
-                 f"to {dense.max():.2f})."]
-    for arm in arms_of(rows):
-        accuracy = final(rows, arm).mean(1)
-        level = matching_levels(accuracy)
-        if arm == "rewind":
-            sentences.append(f"The smallest matching ticket keeps {left[level]:.1f} % of the weights: rewound, it ends "
-                             f"at {accuracy[level]:.2f} %, not below the dense networks." if level else
-                             "No rewound ticket is matching: at every level they end below the dense networks.")
-            continue
-        fall = f"from {left[level + 1]:.1f} % of the weights on" if level + 1 < len(left) else "at no level to stay"
-        sentences.append(f"The {arm} networks end below the dense ones {fall}.")
-        ahead, half = paired_interval(final(rows, "rewind") - final(rows, arm))
-        bounds = f"95 % interval {ahead[-1] - half[-1]:+.2f} to {ahead[-1] + half[-1]:+.2f}, paired, {trials}"
-        sentences.append(f"At {left[-1]:.1f} % of the weights, rewind - {arm} is {ahead[-1]:+.2f} points "
-                         f"({bounds if dense.size > 1 else 'one trial gives no interval'}).")
-    return sentences
-
-
-def claims(rows: list[dict]) -> list[list[str]]:
-    """The paper's claims, decided from the records: cells of claim, weights remaining, n, difference and decision.
-
-    A moment that did not come within the run is taken as the run's end where that makes the difference smaller than it
-    is, and where it would make it larger (the ticket itself was too slow, the control never fell), nothing is decided.
-    """
-    left, last = remaining(rows), max(row["step"] for row in rows)
-    ticket, dense = final(rows, "rewind"), final(rows, "dense")
-    lead = ticket - dense
-
-    def sooner(moment: Callable[[list[dict], str], np.ndarray], arm: str) -> np.ndarray:
-        return np.minimum(last, moment(rows, arm)) - moment(rows, "rewind")
-
-    def outlasts(arm: str) -> np.ndarray:
-        fell = matching_levels(final(rows, arm))
-        fell = np.where(fell == len(left) - 1, np.inf, fell)
-        return np.tile(matching_levels(ticket) - fell, (len(left), 1))
-
-    below = np.flatnonzero(sum(paired_interval(lead)) < 0)  # from the first clearly lower level on, that one counts
-    matching = lead[np.minimum(range(len(left)), below[0] if below.size else len(left))]
-    table = [                                               # differences (levels, trials)
-        ("The ticket reaches its early stop before the dense network", 21.1, "rewind", "steps",
-         sooner(early_stop, "dense")),
-        ("The ticket ends more accurate than the dense network", 13.5, "rewind", "points", lead),
-        ("Down to here the ticket is matching (shown: here, or the first level clearly below)", 3.6, "rewind", "points",
-         matching),
-        ("Re-initialised networks fall below the dense ones before the ticket does", left[-1], "reinit", "levels",
-         outlasts("reinit")),
-        ("Re-initialised networks come to the dense one's final validation accuracy after the ticket", 21.1, "reinit",
-         "steps", sooner(catch_up, "reinit")),
-        ("Networks pruned in one shot fall below the dense ones before the ticket does", left[-1], "oneshot", "levels",
-         outlasts("oneshot")),
-        ("Shuffled masks end less accurate than the ticket", 21.1, "shuffle", "points",
-         ticket - final(rows, "shuffle"))]
-    lines = []
-    for claim, percent, arm, unit, differences in table:
-        level = int(np.abs(np.log(left / percent)).argmin())
-        cells, why = ["", "", ""], "fewer than three trials" * (dense.size < 3)
-        if arm not in arms_of(rows):
-            why = f"no {arm} networks"
-        elif abs(np.log(left[level] / percent)) > np.log(1.25):
-            why = f"no level near {percent:.1f} %"
-        else:
-            cells = [f"{left[level]:.1f} %", f"{dense.size}", "not reached"]
-            if np.isfinite(differences[level]).all():
-                mean, half = (statistic.item() for statistic in paired_interval(differences[[level]]))
-                digits = 2 if unit == "points" else 1
-                cells[2] = f"{mean:+.{digits}f} ± {half:.{digits}f} {unit}".replace(" ± nan", "")
-                borne_out = mean >= 0 if differences is matching else mean > half
-            else:
-                why = why or "not reached within the run"
-        lines.append([claim, *cells, f"not tested: {why}" if why else "borne out" if borne_out else "not borne out"])
-    return lines
-
-
-def summary(rows: list[dict], settings: dict, device: str) -> str:
-    """summary.md: the verdict, a table with a row per level, the constants and versions, and the paper's claims."""
-    arms, finished, last = arms_of(rows) or ["dense"], rows[-1]["level"], rows[-1]["step"]
-    ends, stops, stopped = ({arm: values(rows, arm) for arm in arms} for values in (final, early_stop, at_early_stop))
-    leads = {arm: paired_interval(ends["rewind"] - ends[arm]) for arm in arms_of(rows) if arm != "rewind"}
-
-    def markdown(lines: list[list[str]]) -> str:
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
-
-    def spread(values: np.ndarray, digits: int) -> str:
-        return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
-
-    def stop(arm: str, level: int) -> str:
-        steps, accuracy = stops[arm][level], stopped[arm][level]
-        missed = int(np.isinf(steps).sum())
-        step = f"{accuracy.mean():.2f} at {'≥ ' * (missed > 0)}{spread(np.minimum(steps, last), 0)}"
-        return "not reached" if missed == steps.size else step + f", {missed} not reached" * (missed > 0)
-
-    def lead(arm: str, level: int) -> str:
-        mean, half = (statistic[level] for statistic in leads[arm])
-        return f"{mean:+.2f} ± {half:.2f}".replace(" ± nan", "") if level else ""
-
-    table = [["level", "weights remaining", *(f"{arm}: test accuracy, %" for arm in arms),
-              *(f"rewind - {arm}, points" for arm in leads), *(f"{arm}: at early stop, % and step" for arm in arms)]]
-    for level, left in enumerate(remaining(rows)):
-        table.append([f"{level}" if level else "0 (dense)", f"{left:.1f} %",
-                      *(spread(ends[arm][level], 2) for arm in arms), *(lead(arm, level) for arm in leads),
-                      *(stop(arm, level) for arm in arms)])
-    unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
-    sentences = "\n".join(f"- {sentence}" for sentence in verdict(rows))
-    values = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
-    versions = ", ".join(f"{library.__name__} {library.__version__}"
-                         for library in (torch, torchvision, np, matplotlib, sns))
-    return f"""# {rows[0]["dataset"]}, {rows[0]["model"]}: {", ".join(arms)}
-{unfinished * (finished < settings["LEVELS"])}
-{sentences}
-
-Accuracies are those after the last step, {last}: mean (lowest to highest) over the trials. Differences are paired by
-trial: mean ± half of the 95 % interval. The early stop is the evaluation with the lowest validation loss, its accuracy
-the mean there; where it is the last evaluation, an early stop was not reached, and the step is a lower bound.
-
-{markdown(table)}
-
-## Constants and versions
-
-```
-{values}
-```
-
-Python {platform.python_version()}, {versions}; on {device}, {torch.get_num_threads()} CPU threads.
-
-## The paper's claims
-
-Differences are in favour of the claim where positive: mean over n trials ± half of the 95 % interval by Student's t,
-paired by trial. Borne out means that the whole interval lies above zero. Matching is borne out if the mean is not below
-zero here, and at no level before does the whole interval lie below it.
-
-{markdown([["claim", "weights remaining", "n", "difference", "in this run"], *claims(rows)])}
-"""
-
-
-def new_figure(rows: list[dict], statistic: str, columns: int, size: tuple[float, float], **options) -> tuple:
-    """A seaborn-styled figure that names its run and statistic, and a row of axes."""
-    sns.set_theme(style="whitegrid", context="notebook", font_scale=1.2)
-    figure, (axes,) = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", **options)
-    trials = len({row["trial"] for row in rows})
-    figure.suptitle(f"{rows[0]['dataset']}, {rows[0]['model']}, {trials} trial{'s' * (trials > 1)}: {statistic}")
-    return figure, axes
-
-
-def scale_weights_remaining(axes: plt.Axes, rows: list[dict]) -> None:
-    """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
-    sparsest = min(row["weights_remaining"] for row in rows)
-    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1) if round(sparsest, 1) <= tick]
-    axes.set(xscale="log", xlim=(108, sparsest / 1.08), xlabel="weights remaining (%)")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-
-
-def chosen_levels(rows: list[dict]) -> list[int]:
-    """A few levels to look at closely: those nearest to 51, 21, 7 and 3.6 % of weights remaining, as in the paper."""
-    left = remaining(rows)[1:]
-    return sorted({1 + int(np.abs(np.log(left / percent)).argmin()) for percent in (51.3, 21.1, 7.0, 3.6)})
-
-
-def draw_accuracy(axes: plt.Axes, rows: list[dict], labels: dict[str, str]) -> None:
-    """Final test accuracy versus weights remaining of the arms that have a label, the dense networks dashed.
-
-    The scale is the same whichever arms are drawn.
-    """
-    dense, everything = final(rows, "dense")[0], np.concatenate([final(rows, arm) for arm in arms_of(rows)])
-    axes.axhline(dense.mean(), color=COLOURS["dense"], linestyle="--", label=f"dense ({dense.mean():.2f} %)")
-    for arm, label in labels.items():
-        sns.lineplot(x=np.repeat(remaining(rows, arm), len(dense)), y=final(rows, arm).ravel(), errorbar=("pi", 100),
-                     ax=axes, color=COLOURS[arm], marker=MARKERS[arm], label=label)
-    scale_weights_remaining(axes, rows)
-    margin = 0.05 * np.ptp(everything) + 0.01
-    axes.set(ylim=(everything.min() - margin, everything.max() + margin), ylabel="test accuracy (%)")
-    axes.legend(loc="best")
-
-
-def accuracy_plot(rows: list[dict], arms: list[str], title: str) -> plt.Figure:
-    """Accuracy versus weights remaining of some arms."""
-    figure, (axes,) = new_figure(rows, "mean, lowest to highest", 1, (8, 5.2))
-    draw_accuracy(axes, rows, {arm: arm for arm in arms})
-    axes.set(title=title)
-    return figure
-
-
-def transfer_plot(rows: list[dict], found_on: str) -> plt.Figure:
-    """Do tickets found on another dataset train as well as those found here? Accuracies, and paired differences."""
-    figure, (left, right) = new_figure(rows, f"do tickets found on {found_on} train well?", 2, (13, 5.2))
-    labels = {"rewind": f"ticket found on {rows[0]['dataset']}", "transfer": f"ticket found on {found_on}",
-              "reinit": f"{rows[0]['dataset']}'s mask, new weights"}
-    labels = {arm: label for arm, label in labels.items() if arm in arms_of(rows)}
-    draw_accuracy(left, rows, labels)
-    left.set(title="mean, lowest to highest")
-    right.axhline(0, color=COLOURS["dense"], linestyle="--")
-    for arm in [arm for arm in labels if arm != "transfer"]:
-        mean, half = paired_interval(final(rows, "transfer") - final(rows, arm))
-        right.plot(remaining(rows), mean, color=COLOURS[arm], marker=MARKERS[arm], label=f"minus {labels[arm]}")
-        right.fill_between(remaining(rows), mean - half, mean + half, color=COLOURS[arm], alpha=0.2, linewidth=0)
-    scale_weights_remaining(right, rows)
-    right.set(ylabel=f"ticket found on {found_on} (points)", title="paired difference, mean and 95 % interval")
-    right.legend(loc="best")
-    return figure
-
-
-def early_stopping_plot(rows: list[dict]) -> plt.Figure:
-    """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, panels = new_figure(rows, "median step; hollow: not reached by most", 2, (12, 5.6), sharey=True)
-    last = max(row["step"] for row in rows)
-    titles = "lowest validation loss", "dense network's final validation accuracy"
-    for axes, moment, title in zip(panels, (early_stop, catch_up), titles, strict=True):
-        axes.axhline(last, color=COLOURS["dense"], linestyle=":", label=f"end of training ({last} steps)")
-        for place, arm in enumerate(arms_of(rows), start=1):
-            median = np.median(moment(rows, arm), axis=1)
-            missed = np.isinf(median)
-            style = {"color": COLOURS[arm], "marker": MARKERS[arm], "markersize": 10 / place**0.5}
-            axes.plot(remaining(rows, arm), np.where(missed, np.nan, median), **style, label=arm)
-            axes.plot(remaining(rows, arm)[missed], np.full(missed.sum(), last * (1 + 0.06 * place)), **style,
-                      linestyle="", markerfacecolor="white", markeredgewidth=1.5)
-        scale_weights_remaining(axes, rows)
-        axes.set_yticks([tick for tick in plt.MaxNLocator(7).tick_values(0, last) if tick <= last])
-        axes.set(ylim=(0, last * (1.06 + 0.06 * len(arms_of(rows)))), ylabel="training step", title=title)
-    # Below the panels: within them, no place is free in every run.
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(arms_of(rows)))
-    return figure
-
-
-def learning_curves(rows: list[dict]) -> plt.Figure:
-    """Test accuracy while training, at a few sparsities, the dense networks dashed."""
-    levels = chosen_levels(rows) if arms_of(rows) else [0]
-    figure, panels = new_figure(rows, "mean, lowest to highest", len(levels), (2 + 3.5 * len(levels), 4.6), sharey=True)
-    for level, axes in zip(levels, panels, strict=True):
-        for arm, at in {"dense": 0, **dict.fromkeys(arms_of(rows), level)}.items():
-            steps, accuracy = (measured(rows, arm, column)[at].ravel() for column in ("step", "test_accuracy"))
-            sns.lineplot(x=steps, y=accuracy, errorbar=("pi", 100), ax=axes, color=COLOURS[arm], label=arm,
-                         marker=MARKERS[arm], markevery=1 + len(set(steps)) // 15, linestyle="-" if at else "--",
-                         legend=axes is panels[0])
-        axes.set(xlabel="training step", ylabel="test accuracy (%)", title=f"{remaining(rows)[level]:.1f} % remaining")
-    # The first twentieth of the training may lie below the axis: the rest would be squeezed into a line.
-    shown = [row["test_accuracy"] for row in rows
-             if row["level"] in (0, *levels) and row["step"] > rows[-1]["step"] / 20]
-    panels[0].set_ylim(min(shown) - 0.5, max(shown) + 0.5)
-    return figure
-
-
-def pixel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
-    """Share of each input pixel's first-layer weights that survive, mean over trials; pruned_at (trials, 784, 300)."""
-    levels = chosen_levels(rows)
-    figure, panels = new_figure(rows, "mean share of first-layer weights left", len(levels), (3.6 * len(levels), 5.4))
-    for level, axes in zip(levels, panels, strict=True):
-        share = 100 * masks_at({"fc1.weight": pruned_at}, level)["fc1.weight"].mean((0, 2)).view(28, 28).numpy()
-        image = axes.imshow(share, cmap="rocket", vmin=0)
-        figure.colorbar(image, ax=axes, location="bottom", label="weights left (%)")
-        axes.set(title=f"{remaining(rows)[level]:.1f} % remaining", xlabel="pixel column", ylabel="pixel row",
-                 xticks=[], yticks=[])
-    return figure
-
-
-def kernel_plot(rows: list[dict], pruned_at: Tensor) -> plt.Figure:
-    """When each weight of the first convolution was pruned: a row per trial; pruned_at (trials, kernels, 1, 5, 5)."""
-    figure, (axes,) = new_figure(rows, "the first convolution's kernels", 1, (10, 1.4 + 1.33 * min(5, len(pruned_at))))
-    last = max(row["level"] for row in rows)
-    grid = torch.full((min(5, len(pruned_at)), pruned_at.shape[1], 6, 6), torch.nan)     # a gap after each 5x5 kernel
-    grid[..., :5, :5] = pruned_at[:5, :, 0].float()
-    grid = grid.masked_fill((grid == 0) | (grid > last), last + 1).transpose(1, 2).flatten(0, 1).flatten(1)
-    image = axes.imshow(grid[:-1, :-1].numpy(), cmap="viridis", vmin=1, vmax=last + 1)
-    ticks = sorted({1, (last + 1) // 2, last})
-    bar = figure.colorbar(image, ax=axes, label="level at which the weight was pruned")
-    bar.set_ticks([*ticks, last + 1], labels=[*ticks, "survived"])
-    axes.grid(False)
-    axes.set(xlabel="kernel", ylabel="trial")
-    axes.set_xticks([6 * n + 2 for n in range(pruned_at.shape[1])], range(1, pruned_at.shape[1] + 1))
-    axes.set_yticks([6 * n + 2 for n in range(len(grid) // 6)], range(len(grid) // 6))
-    return figure
-
-
-def draw_figures(rows: list[dict], pruned_at: Masks, found_on: str | None) -> dict[str, plt.Figure]:
-    """Every figure that the run's arms and levels give, by file name. `found_on`: the transferred tickets' dataset."""
-    figures = {"learning_curves.png": learning_curves(rows)}
-    if arms_of(rows):
-        figures["accuracy_plot_iterative.png"] = accuracy_plot(rows, ["rewind"], "Pruned, survivors rewound")
-        figures["comparison_plot.png"] = accuracy_plot(rows, arms_of(rows), "The connections, or their first weights?")
-        figures["early_stopping_plot.png"] = early_stopping_plot(rows)
-        plot, layer = (kernel_plot, "conv1.weight") if "conv1.weight" in pruned_at else (pixel_plot, "fc1.weight")
-        figures["mask_plot.png"] = plot(rows, pruned_at[layer])
-    if "reinit" in arms_of(rows):
-        figures["accuracy_plot_reinit.png"] = accuracy_plot(rows, ["reinit"], "The same masks, survivors drawn anew")
-    if "transfer" in arms_of(rows):
-        figures["transfer_plot.png"] = transfer_plot(rows, found_on)
-    return figures
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another process writes results to the folder; a lock that even a killed process gives back."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):                  # a network folder may know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        tickets = read_saved(beside_script(str(path)))
+        settings, theta0, pruned_at = (tickets[name] for name in ("constants", "theta0", "pruned_at"))
+        network = build_network(settings["MODEL"], settings["DROPOUT"])
+        as_plain_network(network, pick(theta0, settings["TRIALS"] - 1))         # other names or shapes do not fit
+        expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
+        if {name: (levels.shape, levels.dtype) for name, levels in pruned_at.items()} != expected:
+            raise ValueError("theta0 and pruned_at do not belong together")
+        return tickets
+    except Exception as error:                              # a damaged or foreign file can fail in any way
+        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
+                        "TICKETS_FROM must be the tickets.pt of a finished run.") from None
+
+
+def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
+    """By trial theta0 and pruned_at from TICKETS_FROM, if any, and lines that say what they are.
+
+    Raises UserError unless they fit the constants, keep as many weights at each level, and lie clear of this run's own.
+    """
+    if TICKETS_FROM is None:
+        return {}, []
+    if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
+        raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
+    tickets = load_tickets(TICKETS_FROM)
+    held = tickets["constants"]
+    if held["MODEL"] != MODEL or held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
+        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels of "
+                        f"{held['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
+    if held["REWIND_STEP"] != REWIND_STEP:
+        raise UserError(f"TICKETS_FROM={TICKETS_FROM} was found with REWIND_STEP={held['REWIND_STEP']}: "
+                        f"REWIND_STEP must be the same, not {REWIND_STEP}.")
+    for level, survivors in enumerate(survivors_by_level()):
+        masks = masks_at(tickets["pruned_at"], level)
+        if {int(count) for count in sum(mask.flatten(1).sum(1) for mask in masks.values())} != {survivors}:
+            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} keep another share of their weights at level "
+                            f"{level} than this run's: PRUNE_RATE and PRUNE_SCOPE must be those they were found with "
+                            f"({held['PRUNE_RATE']}, {held['PRUNE_SCOPE']}).")
+    digest = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
+    words = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
+    notes = [f"Transferred tickets: {', '.join(f'{name} = {held[name]!r}' for name in words)}; sha256 {digest}."]
+    found = {trial: {key: pick(tickets[key], trial) for key in ("theta0", "pruned_at")} for trial in range(TRIALS)}
+    return found, notes
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+def write_results(state: dict, notes: list[str], folder: Path, device: torch.device) -> None:
+    """Write summary, records and figures of the finished levels, and after the last one the tickets."""
+    records = pd.DataFrame(state["records"])
+    networks, metrics = measure(records), records.to_csv(index=False, lineterminator="\n").encode()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    trials, (layer, *_) = range(len(state["pruned_at"])), state["pruned_at"][0]
+    first = torch.stack([state["pruned_at"][trial][layer] for trial in trials])
+    first = first if first.ndim == 3 else first.flatten(3).flatten(1, 2).mT     # a convolution's: (trials, 25, kernels)
+    with one_at_a_time(folder):
+        make_room(folder, metrics)
+        write_whole(folder / "summary.md", summary(networks, records, constants(), machine, notes).encode())
+        write_whole(folder / "metrics.csv", metrics)
+        with matplotlib.rc_context(STYLE):
+            for name, figure in draw_figures(records, networks, first).items():
+                figure.savefig(image := io.BytesIO(), dpi=150)
+                write_whole(folder / name, image.getvalue())
+        if state["level"] == LEVELS:
+            found = {key: stack([state[kept][trial] for trial in trials])
+                     for key, kept in (("theta0", "theta"), ("pruned_at", "pruned_at"))}
+            write_whole(folder / "tickets.pt", packed({"constants": constants(), **found}))
 
 
 def make_room(folder: Path, metrics: bytes) -> None:
@@ -1180,33 +1321,129 @@ def make_room(folder: Path, metrics: bytes) -> None:
         print(f"the results of an earlier run are now in {previous}", flush=True)
 
 
-def write_results(state: dict, given: dict | None, folder: Path, device: torch.device) -> None:
-    """Write summary, records and figures of the finished levels, and after the last one the tickets."""
-    rows, pruned_at, text = state["rows"], state["pruned_at"], io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    metrics = text.getvalue().encode()
-    with one_at_a_time(folder):
-        make_room(folder, metrics)
-        write_whole(folder / "summary.md", summary(rows, constants(), machine).encode())
-        write_whole(folder / "metrics.csv", metrics)
-        matplotlib.use("Agg")                               # files only: no window, no display needed
-        for name, figure in draw_figures(rows, pruned_at, given and given["constants"]["DATASET"]).items():
-            figure.savefig(image := io.BytesIO(), dpi=150)
-            plt.close(figure)
-            write_whole(folder / name, image.getvalue())
-        if state["level"] == LEVELS:
-            tickets = {"constants": constants(), "theta0": state["theta0"], "pruned_at": pruned_at}
-            write_whole(folder / "tickets.pt", packed(tickets))
-        for name in OUTPUTS:
-            remove_unfinished(folder / name)
+def trials_in_words(networks: pd.DataFrame) -> str:
+    """How many trials, as a title says it."""
+    trials = networks.index.unique("trial").size
+    return f"{trials} trial{'s' * (trials > 1)}"
 
 
-# ---- Main ------------------------------------------------------------------------------------------------------------
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
-def nearest(name: str, known: list[str]) -> str:
+
+def tables(networks: pd.DataFrame) -> str:
+    """Tables with a row per level and a column per arm."""
+    arms = arms_of(networks) or ["dense"]
+    stop, final, steps, reached = ({arm: by_level(networks, column, arm) for arm in arms} for column in (
+        "stop_accuracy", "final_accuracy", "stop_step", "stop_step_reached"))
+    against = {arm: ["", *(f": {answer}" for answer in matching(networks, arm))] for arm in arms if arm != "dense"}
+
+    def table(head: str, cell: Callable[[str, int], str]) -> str:
+        lines = [[f"{level}" if level else "0 (dense)", f"{percent:.1f} %", *(cell(arm, level) for arm in arms)]
+                 for level, percent in enumerate(remaining(networks))]
+        return f"{head}\n\n{markdown(['level', 'weights remaining', *arms], lines)}\n"
+
+    return "\n".join([
+        table("Test accuracy at early stop, %: mean (lowest to highest), and against the dense networks",
+              lambda arm, level: "{:.2f} ({:.2f} to {:.2f})".format(
+                  *(f(stop[arm][level]) / 1e4 for f in (np.mean, np.min, np.max))) + against.get(arm, [""])[level]),
+        table("The ticket's lead over the other arms, at early stop", lambda arm, level:
+              points(leads(networks, "rewind", arm)[level]) if level and arm != "rewind" else ""),
+        table("Early stop: median step, and in how many trials it was not reached", lambda arm, level:
+              median_step(steps[arm][level], reached[arm][level])
+              + f", {(~reached[arm][level]).sum()} not reached" * (not reached[arm][level].all())),
+        table("Test accuracy after the last step, %: mean",
+              lambda arm, level: f"{final[arm][level].mean() / 1e4:.2f}")])
+
+
+def summary(networks: pd.DataFrame, records: pd.DataFrame, settings: dict, machine: str, notes: list[str]) -> str:
+    """summary.md: the verdict, questions and claims with their answers, a row per level, constants and versions."""
+    arms, finished, near = arms_of(networks) or ["dense"], records["level"].max(), levels_near(networks, 21.1, 7.0, 3.6)
+    unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
+    asked = markdown(["question", "arm", *(f"at {remaining(networks)[level]:.1f} % of the weights" for level in near)],
+                     questions(networks, near))
+    versions = ", ".join(f"{library.__name__} {library.__version__}"
+                         for library in (torch, torchvision, np, pd, matplotlib, sns))
+    return f"""# {records["dataset"][0]}, {MODELS[records["model"][0]]}, {trials_in_words(networks)}: {", ".join(arms)}
+{unfinished * bool(finished < settings["LEVELS"])}
+{LINE.join(f"- {sentence}" for sentence in verdict(networks))}
+
+*Early stop* is the evaluation with the lowest validation loss. In the last 5 % of the {records["step"].max()} steps, or
+at one of the last two evaluations, it counts as not reached; "≥" marks a median that falls on such a one. Differences
+are paired by trial: mean ± half of the 95 % interval by Student's t. An arm *matches* the dense networks where the whole
+interval of its lead lies above -{MATCHING_MARGIN} points, else is *below* them where the whole of it lies under 0. They
+hold for this draw of the dense networks, this sequence of dropout and this validation split; each level is
+judged by itself, with no correction for their number.
+
+## Questions: what each arm tells
+
+By the ticket's lead over the arm in test accuracy at early stop.
+
+{asked}
+
+## The paper's claims
+
+By test accuracy and step at early stop. *Borne out*: the whole interval is on the claimed side; *contradicted*: on the
+other. Where a step was not reached in all trials, a one-sided binomial test at 5 % on the trials decides.
+
+{markdown(["claim", "weights remaining", "n", "the paper", "here", "answer"], claims(networks))}
+
+## Level by level
+
+{tables(networks)}
+## Constants and versions
+
+```
+{LINE.join(f"{name} = {value!r}" for name, value in settings.items())}
+```
+
+{LINE.join([*notes, ""])}Script with the sha256 sum {script_sum()}.
+Python {platform.python_version()}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads.
+"""
+
+
+# ---- Constants and the command line ----------------------------------------------------------------------------------
+
+RANGES = {                            # of the constants that are no choice: in words, and as a condition
+    "DROPOUT": ("a number from 0 to below 1", lambda share: 0 <= share < 1),
+    "ARMS": ("a choice, each once, of " + ", ".join(name for name in REGISTRY if name != "dense"), lambda arms: (
+        arms and all(arm in REGISTRY and arm != "dense" and arms.count(arm) == 1 for arm in arms))),
+    "TRIALS": ("a whole number, 1 to 1000", lambda count: 1 <= count <= 1_000),
+    "LEVELS": ("a whole number, 0 to 255", lambda count: 0 <= count <= 255),    # tickets.pt has 8 bits for them
+    "PRUNE_RATE": ("a number between 0 and 1", lambda rate: 0 < rate < 1),
+    "REWIND_STEP": ("a whole number, 0 or more", lambda step: step >= 0),
+    "TICKETS_FROM": ("the path of a tickets.pt, or None", lambda path: path and "\0" not in path),
+    "SEED": ("a whole number, 0 or more", lambda seed: seed >= 0),
+    "EPOCHS": ("a whole number, 1 or more", lambda count: count >= 1),
+    "BATCH_SIZE": ("a whole number, 1 to 55000", lambda size: 1 <= size <= 55_000),
+    "LEARNING_RATE": ("a number above 0", lambda rate: 0 < rate < math.inf),
+    "WEIGHT_DECAY": ("a number of at least 0", lambda decay: 0 <= decay < math.inf),
+    "CLIP_NORM": ("a number above 0, or None", lambda norm: 0 < norm < math.inf),
+    "EVAL_EVERY": ("a whole number, 1 or more", lambda steps: steps >= 1),
+    "DATA_DIR": ("a folder's path", lambda path: path and "\0" not in path),
+    "RESULTS_DIR": ("a folder's path", lambda path: path and "\0" not in path),
+    "DEVICE": ("auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch)}
+
+
+def rules() -> dict:
+    """The constants' types, by name: they are annotated where they stand."""
+    return {name: rule for name, rule in inspect.get_annotations(sys.modules[__name__]).items() if name.isupper()}
+
+
+def constants() -> dict:
+    """All constants as they stand, by name; 0 and 0.0 are the same."""
+    values = {name: globals()[name] for name in rules()}
+    return {name: float(value) if type(value) is int and rules()[name] in (float, float | None) else value
+            for name, value in values.items()}
+
+
+def experiment() -> dict:
+    """The constants that the numbers depend on: where the files lie, and what computes, is no part of an experiment."""
+    return {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR", "DEVICE")}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
     """A suggestion to end an error with, or nothing."""
     alike = {other.lower(): other for other in known}
     match = difflib.get_close_matches(str(name).lower(), alike, n=1)
@@ -1220,27 +1457,47 @@ def read_arguments(arguments: list[str]) -> dict:
         name, equals, text = argument.partition("=")
         if not (name and equals):
             raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
-        if name not in RULES:
-            raise UserError(f"there is no constant {name}" + nearest(name, list(RULES)))
+        if name not in rules():
+            raise UserError(f"there is no constant {name}" + nearest(name, rules()))
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
             value = text
         if name == "ARMS" and isinstance(value, str | list):
             value = tuple(value.split(",") if isinstance(value, str) else value)
-        elif value is not None and not isinstance(value, str) and isinstance("", RULES[name][0]):
+        elif rules()[name] in (str, str | None) and value is not None and not isinstance(value, str):
             value = text                                    # a folder may be called 2026
         values[name] = value
     return values
 
 
+def survivors_by_level() -> list[int]:
+    """How many weights remain at each level, 0 to LEVELS. Raises UserError where a level would prune none or all."""
+    network = build_network(MODEL, DROPOUT)
+    rates, left = prune_rates(network), {f"{name}.weight": layer.weight.numel()
+                                         for name, layer in weighted_layers(network).items()}
+    if PRUNE_SCOPE == "global":
+        left = {"all layers": sum(left.values())}
+    totals = [sum(left.values())]
+    for level in range(1, LEVELS + 1):
+        for name in left:
+            gone = round(rates.get(name, PRUNE_RATE) * left[name])
+            if not 0 < gone < left[name]:
+                raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of "
+                                f"the {left[name]} weights left in {name} would be pruned.")
+            left[name] -= gone
+        totals.append(sum(left.values()))
+    return totals
+
+
 def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
-    for name, (types, condition, words) in RULES.items():
-        value = globals()[name]
-        if isinstance(value, bool) != (types is bool) or not isinstance(value, types) or not condition(value):
-            known = words.removeprefix("one of ").split(", ") if words.startswith("one of ") else []
-            raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, known))
+    for name, value in constants().items():
+        choices = get_args(rules()[name]) if name not in RANGES else ()
+        words, condition = RANGES.get(name) or ("one of " + ", ".join(choices), choices.__contains__)
+        if (isinstance(value, bool) or not isinstance(value, str if choices else rules()[name])
+                or not (value is None or condition(value))):
+            raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, choices))
     steps = EPOCHS * steps_per_epoch()
     if "rewind" not in ARMS:
         raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
@@ -1248,48 +1505,25 @@ def check_constants() -> None:
         raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    network = build_network(MODEL, DROPOUT)
-    rates = prune_rates(network)
-    left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
-    if PRUNE_SCOPE == "global":
-        left = {"all layers": sum(left.values())}
-    for level, name in itertools.product(range(1, LEVELS + 1), left):
-        gone = round(rates.get(name, PRUNE_RATE) * left[name])
-        if not 0 < gone < left[name]:
-            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                            f"{left[name]} weights left in {name} would be pruned.")
-        left[name] -= gone
+    survivors_by_level()
+    forward(build_network(MODEL, DROPOUT), stack([initial_weights(generator("init"))]), torch.zeros(1, 1, 1, 28, 28))
 
 
-def check_tickets() -> dict | None:
-    """The tickets from TICKETS_FROM, if any; they must fit the constants, and stay clear of this run's own."""
-    if TICKETS_FROM is None:
-        return None
-    if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
-        raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
-    given = load_tickets(TICKETS_FROM)
-    held = given["constants"]
-    if held["MODEL"] != MODEL or held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
-        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels of "
-                        f"{held['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
-    return given
-
+# ---- Main ------------------------------------------------------------------------------------------------------------
 
 def prepare_device() -> torch.device:
-    """DEVICE, or the fastest kind that is there, set up: on CUDA with a stream on which graphs can be captured."""
+    """DEVICE, set up: on CUDA without rounding the factors of products, on a stream where graphs can be captured."""
     torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = TF32
     device = DEVICE
     if DEVICE in ("auto", "cuda") and torch.cuda.is_available():        # a GPU for each of a machine's processes
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    elif DEVICE == "auto":
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=device).device
+        device = torch.zeros(1, device="cpu" if device == "auto" else device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
                         "DEVICE=auto takes what there is.") from None
     if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False             # of products, PyTorch rounds no factors by itself
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())
     return device
@@ -1315,52 +1549,62 @@ def faults_in_one_sentence(device: torch.device) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc", str(error), re.I):
+        memory = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|bad_alloc"
+        if not isinstance(error, MemoryError) and not re.search(memory, str(error), re.I):
             raise
         raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
                         "Finished levels are kept.") from None
 
 
-def main(arguments: list[str]) -> None:
-    """Do pruned networks train better from their original initial weights, or does any draw do?"""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__ + "\nConstants:\n" + "\n".join(f"  {name} = {value!r}" for name, value in constants().items()))
-        return
-    globals().update(read_arguments(arguments))
+def run() -> None:
+    """The experiment with the constants as they stand, from its checkpoint to its results."""
     check_constants()
-    given, folder, device, checkpoint = check_tickets(), prepare_results_folder(), prepare_device(), checkpoint_path()
-    rank, processes = process()
+    (elsewhere, notes), folder, device = tickets_from_elsewhere(), prepare_results_folder(), prepare_device()
+    checkpoint, (rank, processes) = checkpoint_path(device), process()
     with faults_in_one_sentence(device):
         state = load_state(checkpoint)
-        if rank > 0:
-            sys.stdout = io.StringIO()                      # the first process speaks for all
-        try:
-            if own_trials():
-                run_experiment(state, load_dataset(device), given, device, checkpoint)
-        finally:                        # whatever ends the run: of the finished levels there are results
-            if processes == 1 and state["rows"]:
-                write_results(state, given, folder, device)
+        # Of several processes, the first one speaks for all.
+        with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+            try:
+                if own_trials():
+                    run_experiment(state, load_dataset(device), elsewhere, checkpoint)
+            finally:                    # whatever ends the run: of the finished levels there are results
+                if processes == 1 and state["records"]:
+                    write_results(state, notes, folder, device)
         if processes > 1:
             state = gather(state)
             if rank == 0:
-                write_results(state, given, folder, device)
+                write_results(state, notes, folder, device)
             torch.distributed.barrier()                     # until the results are there, each keeps its checkpoint
         checkpoint.unlink(missing_ok=True)
-        remove_unfinished(checkpoint)
     if rank == 0:
-        print("\n" + "\n".join(verdict(state["rows"])) + f"\n\nresults: {folder}")
+        networks = measure(pd.DataFrame(state["records"]))
+        print("\n" + "\n".join(verdict(networks)) + f"\n\nresults: {folder}")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the experiment with some constants set by NAME=VALUE arguments; afterwards they are what they were before."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__ + "\nConstants:\n" + "\n".join(f"  {name} = {value!r}" for name, value in constants().items()))
+        return
+    before = {name: globals()[name] for name in rules()}
+    try:
+        globals().update(read_arguments(arguments))
+        run()
+    finally:
+        globals().update(before)
 
 
 if __name__ == "__main__":
+    # Large memory pages, on Linux: MLPs by the dozen train 5 to 20 % faster. PyTorch looks once, at its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # a cluster's Ctrl-C: it wants its machine back
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"lth_pruning: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print("\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them.", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)                   # nothing is left to do, and PyTorch would take another second to unload
