@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -37,9 +38,38 @@ def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def run_here(lth, folder: Path, *arguments: str) -> None:
-    """Run the script's main in this process: it saves the seconds that a new one takes for its imports."""
-    lth.use(**DEFAULTS)
+    """Run the script's main in this process: it saves the seconds that a new one takes for its imports.
+
+    Afterwards the constants are again what they were before.
+    """
     lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
+
+
+def expected_figures(folder: Path) -> set[str]:
+    """The figures that a run gives, by the arms in its metrics.csv.
+
+    The figure of moments is among them where, at some level, more than half of an arm's networks have their lowest
+    validation loss neither in the last 5 % of the steps nor at the last two evaluations, or come to the validation
+    accuracy that their trial's dense network ends at.
+    """
+    records = pd.read_csv(folder / "metrics.csv")
+    arms = {*records["arm"]} - {"dense"}
+    figures = {"learning_curves.png"}
+    if arms:
+        figures |= {"accuracy_plot_iterative.png", "comparison_plot.png", "mask_plot.png"}
+    figures |= {figure for arm, figure in (("reinit", "accuracy_plot_reinit.png"), ("transfer", "transfer_plot.png"))
+                if arm in arms}
+    steps = sorted({*records["step"]})
+    too_late = {*steps[-2:], *(step for step in steps if step >= 0.95 * steps[-1])}
+    for (arm, _), networks in records.groupby(["arm", "level"]):
+        stopped, caught_up = [], []
+        for trial, rows in networks.groupby("trial"):
+            dense = records[(records["arm"] == "dense") & (records["trial"] == trial)].sort_values("step").iloc[-1]
+            stopped.append(rows.loc[rows["val_loss"].idxmin(), "step"] not in too_late)
+            caught_up.append((rows["val_accuracy"] >= dense["val_accuracy"]).any())
+        if arm != "dense" and max(sum(stopped), sum(caught_up)) > len(stopped) / 2:
+            figures.add("early_stopping_plot.png")
+    return figures
 
 
 def flip(content: bytes, place: int) -> bytes:
@@ -61,9 +91,19 @@ def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
     return [row["test_accuracy"] for row in sorted(rows, key=lambda row: row["trial"])]
 
 
+def at_early_stop(rows: list[dict], arm: str, level: int) -> list[float]:
+    """Test accuracies at the evaluation with the lowest validation loss, the first of equal ones, by trial."""
+    by_trial = {}
+    for row in sorted(rows, key=lambda row: (row["trial"], row["step"])):
+        if (row["arm"], row["level"]) == (arm, level):
+            by_trial.setdefault(row["trial"], []).append(row)
+    return [min(found, key=lambda row: row["val_loss"])["test_accuracy"] for found in by_trial.values()]
+
+
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `use` to give constants values for this test alone; all are restored after it."""
+    """The script as a module, and `use` to give constants (or functions) other values for this test alone; all are
+    restored after it."""
     lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
     lth_pruning.use(**DEFAULTS | {"DEVICE": "cpu"})
     return lth_pruning
