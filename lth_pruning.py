@@ -21,7 +21,6 @@ Measured with the defaults over 5 trials: dense networks end at 97.36 % test acc
 
 import ast
 import contextlib
-import copy
 import datetime
 import difflib
 import functools
@@ -38,7 +37,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -105,17 +103,17 @@ Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test
 def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], checkpoint: Path) -> None:
     """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
 
-    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). `new_state` says what the state holds;
-    it is brought up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
+    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state (see `load_state`) is brought
+    up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
     """
     with progress_bar(state["level"]) as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
-            new = {"level": level, "records": [], "theta": {}, "trained": {}, "pruned_at": prune_tickets(state, level)}
+            pruned_at = prune_tickets(state, level)
+            new = {"level": level, "pruned_at": pruned_at, "records": [], "theta": {}, "trained": {}}
             for networks in stacks(level):
-                weights, masks = start_arms(networks, level, state | {"pruned_at": new["pruned_at"]}, elsewhere)
+                weights, masks = start_arms(networks, level, pruned_at, state, elsewhere)
                 early, trained, evaluations = train(weights, masks, data, networks, level, bar)
-                new["records"] += tabulate(networks, level, masks, evaluations)
-                keep(new, networks, early, trained)
+                record(new, networks, masks, early, trained, evaluations)
             finish_level(state, new, checkpoint, bar)
 
 
@@ -133,20 +131,22 @@ def stacks(level: int) -> Iterator[list[tuple[str, int]]]:
             yield list(itertools.product(together, part))
 
 
-def start_arms(networks: list[tuple[str, int]], level: int, state: dict,
+def start_arms(networks: list[tuple[str, int]], level: int, pruned_at: dict[int, Masks], state: dict,
                elsewhere: dict[int, dict]) -> tuple[Weights, Masks]:
     """The stack that these networks (arm, trial) start from."""
     starts = [REGISTRY[arm].start(
         theta0=state["theta"][trial] if first_step(arm) == REWIND_STEP else initial_weights(generator("init", trial)),
-        masks=masks_at(state["pruned_at"][trial], level), dense=state["dense"].get(trial),
+        masks=masks_at(pruned_at[trial], level), dense=state["dense"].get(trial),
         trained=state["trained"].get(trial), random=generator(arm, trial, level) if arm in PURPOSES else None,
         ticket=elsewhere and (elsewhere[trial]["theta0"], masks_at(elsewhere[trial]["pruned_at"], level)))
         for arm, trial in networks]
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
 
-def keep(new: dict, networks: list[tuple[str, int]], early: Weights, trained: Weights) -> None:
-    """Of a trained stack, keep what later levels start from: the networks to prune next, and theta at REWIND_STEP."""
+def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
+           evaluations: list[tuple]) -> None:
+    """Add to a level what a stack gave: records, the networks to prune next, and theta, the weights to rewind to."""
+    new["records"] += tabulate(networks, new["level"], masks, evaluations)
     for n, (arm, trial) in enumerate(networks):
         if arm in ("dense", "rewind"):
             new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
@@ -173,12 +173,6 @@ def full_masks(weights: Weights) -> Masks:
 def masked(weights: Weights, masks: Masks) -> Weights:
     """The weights, zero where they are pruned; new tensors."""
     return {name: tensor * masks[name] if name in masks else tensor.clone() for name, tensor in weights.items()}
-
-
-def weights_remaining(masks: Masks) -> Tensor:
-    """Percent of its prunable weights that each network of a stack has left, (nets,)."""
-    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())
-    return 100 * survivors / sum(mask[0].numel() for mask in masks.values())
 
 
 def prune_rates(network: nn.Sequential) -> dict[str, float]:
@@ -275,12 +269,43 @@ def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
     return masked(theta0, masks), masks
 
 
+# What the survivors start from
+
 @register("re-initialised at random", "#de8f05", "s", late=False, controls="weights", seed=1,
           question="Do the original weights matter?")
 def reinit(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
     """The same connections with a fresh draw of initial weights (section 2, "random reinitialization")."""
     return masked(initial_weights(random), masks), masks
 
+
+@register("original values, permuted", "#56b4e9", "<", controls="weights", seed=6,
+          question="Does it matter which survivor has which value, beyond their common scale?")
+def permute(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+    """The survivors' original values, permuted among the survivors of each layer."""
+    weights = masked(theta0, masks)
+    for name, mask in masks.items():
+        survivors = mask.flatten().nonzero().flatten()
+        order = torch.randperm(len(survivors), generator=random)
+        weights[name].view(-1)[survivors] = theta0[name].flatten()[survivors[order]]
+    return weights, masks
+
+
+@register("original signs, new magnitudes", "#ca9161", ">", late=False, controls="weights", seed=7,
+          question="Are the signs enough?", kind="enough")
+def signs(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+    """Fresh magnitudes with the signs of the original initial weights (Zhou et al. 2019, arXiv:1905.01067)."""
+    return masked({name: tensor.abs() * theta0[name].sign() for name, tensor in initial_weights(random).items()},
+                  masks), masks
+
+
+@register("trained on, not rewound (longer)", "black", "X", controls="weights", kind="no loss",
+          question="Does rewinding lose nothing against training on? (These networks have trained longer.)")
+def finetune(trained: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+    """The survivors keep the weights that the level before trained: these networks have trained longer."""
+    return masked(trained, masks), masks
+
+
+# Which connections survive
 
 @register("shuffled connections", "#029e73", "^", controls="mask", seed=2,
           question="Do the connections matter, beyond their number per layer?")
@@ -296,6 +321,40 @@ def oneshot(theta0: Weights, masks: Masks, dense: Weights, **_) -> tuple[Weights
     """The original initial weights on the trained dense network's largest, as many in each layer as the ticket has."""
     masks = largest(dense, masks)
     return masked(theta0, masks), masks
+
+
+@register("largest initial weights", "#7a5195", "*", late=False, controls="mask",
+          question="Is training needed to find the mask?")
+def magnitude(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+    """The largest initial weights, as many in each layer as the ticket has (Frankle et al. 2021, arXiv:2009.08576)."""
+    masks = largest(theta0, masks)
+    return masked(theta0, masks), masks
+
+
+@register("small dense network", "#808000", "p", late=False, controls="mask", seed=8,
+          question="Is a ticket better than a small dense network?")
+def small(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+    """A narrower dense network with about as many weights: the first units of layers, drawn by INIT for their sizes."""
+    survivors = sum(int(mask.sum()) for mask in masks.values())
+    shapes = min((narrower(thousandths / 1000) for thousandths in range(1001)),
+                 key=lambda shapes: abs(sum(math.prod(shape) for shape in shapes.values()) - survivors))
+    blocks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for name, (outputs, inputs, *kernel) in shapes.items():
+        (blocks[name][:outputs, :inputs] if kernel else blocks[name][:inputs, :outputs]).fill_(1)
+    return initial_weights(random, shapes), blocks
+
+
+def narrower(scale: float) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together.
+
+    Hidden layers keep ten units (three before ten classes would be a straw man), convolutions one channel.
+    """
+    shapes, kept = {}, 1.0                                          # share of the layer before
+    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
+        outputs, inputs, *kernel = layer.weight.shape
+        width = outputs if name == "output" else min(outputs, max(1 if kernel else 10, round(scale * outputs)))
+        shapes[f"{name}.weight"], kept = (width, round(inputs * kept), *kernel), width / outputs
+    return shapes
 
 
 @register("ticket found elsewhere", "#cc78bc", "v", controls="mask", question="Do tickets carry over?", kind="enough")
@@ -319,13 +378,14 @@ def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[st
     Networks that start at REWIND_STEP take the remaining steps only, with the batches of these steps. Pruned weights
     stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh AdamW zero gradients
     leave zero moments, which decoupled decay leaves alone.
-    Returns the weights at REWIND_STEP, the trained weights, and for each evaluation (step, train_loss, val_loss,
-    val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the mean over the batches since the
-    evaluation before. Raises UserError at the first evaluation after a loss that is not finite.
+    Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one before any step,
+    (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the
+    mean over the batches since the evaluation before. Raises UserError where a loss is not finite.
     """
     network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
     trials = list(dict.fromkeys(trial for _, trial in networks))
-    parameters = as_rows(list(weights.values()))                    # (nets, numbers); a copy: theta0 stays as it is
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    parameters = as_rows(list(weights.values())).to(device)         # (nets, numbers); a copy: theta0 stays as it is
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
     # last bits would depend on how many others are in the stack.
@@ -352,8 +412,16 @@ def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[st
         optimizer.step()
         train_loss.add_(loss.detach())
 
+    def evaluate_all(step: int) -> None:
+        val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
+        _, test_accuracy = evaluate(network, weights, *data["test"])
+        measures = train_loss / since, val_loss, val_accuracy, test_accuracy            # before the first step 0 / 0
+        evaluations.append((step, *(measure.cpu() for measure in measures)))
+        check_finite(train_loss + val_loss, networks, level, step)
+
     begin, end, run = first_step(networks[0][0]), EPOCHS * steps_per_epoch(), train_step
     early = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    evaluate_all(begin)
     for step in range(1, end + 1):
         batch.copy_(next(order))
         draw_dropout(factors, dropout)
@@ -366,14 +434,7 @@ def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[st
         if step == REWIND_STEP:
             early = {name: tensor.detach().clone() for name, tensor in weights.items()}
         if step % EVAL_EVERY == 0 or step == end:
-            val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
-            _, test_accuracy = evaluate(network, weights, *data["test"])
-            measures = train_loss / since, val_loss, val_accuracy, test_accuracy
-            evaluations.append((step, *(measure.cpu() for measure in measures)))
-            if not (train_loss + val_loss).isfinite().all():
-                arm, trial = networks[(train_loss + val_loss).isfinite().tolist().index(False)]
-                raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite "
-                                f"by step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
+            evaluate_all(step)
             train_loss.zero_()
             since = 0
         bar.update(len(networks))
@@ -446,15 +507,17 @@ def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
-def initial_weights(random: torch.Generator) -> Weights:
+def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
     """One network's weights drawn by INIT, biases zero; linear weights are (in, out), their biases (1, out).
 
-    With (out, in), PyTorch's own layout, a third of the training time would go into copying transposes.
+    With (out, in), PyTorch's own layout, a third of the training time would go into copying transposes. With the shapes
+    of a narrower network its weights are drawn, and all others are zero.
     """
     weights = {}
     for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
-        weight = torch.empty_like(layer.weight, requires_grad=False)
-        getattr(nn.init, INIT + "_")(weight, generator=random)
+        weight = torch.zeros_like(layer.weight, requires_grad=False)
+        drawn = torch.empty(shapes[f"{name}.weight"] if shapes else weight.shape)
+        weight[:len(drawn), :drawn.shape[1]] = getattr(nn.init, INIT + "_")(drawn, generator=random)
         linear = isinstance(layer, nn.Linear)
         weights[f"{name}.weight"] = weight.T.contiguous() if linear else weight
         weights[f"{name}.bias"] = torch.zeros(1, layer.out_features) if linear else torch.zeros(layer.out_channels)
@@ -468,7 +531,8 @@ def forward(network: nn.Sequential, weights: Weights, images: Tensor, dropout: I
     (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none.
     Raises UserError for a layer that it does not serve.
     """
-    layers, nets, sets, dropout = list(network.named_children()), len(weights["output.bias"]), len(images), iter(dropout)
+    layers, dropout = list(network.named_children()), iter(dropout)
+    nets, sets = len(weights["output.bias"]), len(images)
     flatten = next(place for place, (_, layer) in enumerate(layers) if isinstance(layer, nn.Flatten))
     x = images.flatten(2).unsqueeze(0)                                                  # (1, sets, batch, 784)
     if flatten > 0:                                                                     # (arms, sets, batch, units)
@@ -551,7 +615,8 @@ CLAIMS = (
 def measure(records: pd.DataFrame) -> pd.DataFrame:
     """A row per network, by arm, level and trial, from a row per evaluation.
 
-    weights_remaining, final_accuracy (test accuracy after the last step), stop_accuracy (at early stop: the evaluation
+    weights_remaining, start_accuracy (test accuracy before the first step: a supermask's), and of the later evaluations
+    final_accuracy (after the last step), stop_accuracy (at early stop: the evaluation
     with the lowest validation loss), stop_step, and catch_up_step (the first with the validation accuracy that the
     trial's dense network ends at). An early stop in the last 5 % of the training or at one of its last two evaluations
     counts as not reached. Where stop_step_reached or catch_up_step_reached is false, the step is a lower bound.
@@ -559,14 +624,16 @@ def measure(records: pd.DataFrame) -> pd.DataFrame:
     """
     network, accuracies = ["arm", "level", "trial"], ["val_accuracy", "test_accuracy"]
     records = records.assign(**(1e4 * records[accuracies]).round().astype("int64")).reset_index(drop=True)
+    start = records[records["train_loss"].isna()].set_index(network)
+    records = records[records["train_loss"].notna()]
     last = records.loc[records.groupby(network)["step"].idxmax()].set_index(network)
     stop = records.loc[records.groupby(network)["val_loss"].idxmin()].set_index(network)
     end, too_late = records["step"].max(), records["step"].drop_duplicates().nlargest(2).min()
     good = records[records["val_accuracy"] >= records["trial"].map(last.loc[("dense", 0), "val_accuracy"])]
     catch_up = good.groupby(network)["step"].min().reindex(last.index)
     return pd.DataFrame({
-        "weights_remaining": last["weights_remaining"], "final_accuracy": last["test_accuracy"],
-        "stop_accuracy": stop["test_accuracy"],
+        "weights_remaining": last["weights_remaining"], "start_accuracy": start["test_accuracy"],
+        "final_accuracy": last["test_accuracy"], "stop_accuracy": stop["test_accuracy"],
         "stop_step": stop["step"], "stop_step_reached": stop["step"] < min(0.95 * end, too_late),
         "catch_up_step": catch_up.fillna(end), "catch_up_step_reached": catch_up.notna()}).sort_index()
 
@@ -578,8 +645,7 @@ def arms_of(networks: pd.DataFrame) -> list[str]:
 
 def by_level(networks: pd.DataFrame, column: str, arm: str) -> np.ndarray:
     """A column of an arm, (levels, trials); level 0, the dense networks, is where every arm starts."""
-    column = networks.loc[[*{"dense", arm}], column].unstack("trial").sort_index(level="level")
-    return column.reindex(networks.index.unique("level").sort_values(), level="level").to_numpy()
+    return networks.loc[[*{"dense", arm}], column].unstack("trial").sort_index(level="level").to_numpy()
 
 
 def remaining(networks: pd.DataFrame) -> np.ndarray:
@@ -663,20 +729,29 @@ def verdict(networks: pd.DataFrame) -> list[str]:
                  f"{trials_in_words(networks)}, {dense.min():.2f} to {dense.max():.2f})."]
     (level,) = levels_near(networks, 21.1)
     for arm in arms_of(networks):
+        label = REGISTRY[arm].label
         matches, below = headline(matching(networks, arm))
-        if dense.size >= 3:
-            sentences.append(f"{arm}: matches the dense networks " + ("at no level" if matches is None else
+        if arm in ("rewind", "reinit") and dense.size >= 3:
+            sentences.append(f"Networks {label} match the dense ones " + ("at no level" if matches is None else
                              f"down to {percents[1 + matches]:.1f} % of the weights")
-                             + f", below from {percents[1 + (below or 0)]:.1f} % on" * (below is not None) + ".")
+                             + f" and are below them from {percents[1 + (below or 0)]:.1f} % on" * (below is not None)
+                             + ".")
         if arm != "rewind":
-            sentences.append(f"At {percents[level]:.1f} % of the weights, rewind - {arm} is "
-                             f"{points(leads(networks, 'rewind', arm)[level])}.")
+            sentences.append(f"At {percents[level]:.1f} % of the weights, rewound tickets minus {arm} ({label}): "
+                             f"{lead_in_words(networks, arm, level)}.")
     return sentences + ["Fewer than three trials decide nothing."] * (dense.size < 3 and len(percents) > 1)
 
 
 def points(differences: np.ndarray) -> str:
     """Mean and half the 95 % interval of differences (trials,), in words."""
     return "{:+.2f} ± {:.2f} points".format(*interval(differences)).replace("± nan ", "")
+
+
+def lead_in_words(networks: pd.DataFrame, arm: str, level: int) -> str:
+    """The ticket's lead over an arm; none where the arm keeps more than 1.1 times the ticket's weights."""
+    ticket, other = (by_level(networks, "weights_remaining", name)[level, 0] for name in ("rewind", arm))
+    return (f"not compared, it has {other:.1f} % of the weights" if other > 1.1 * ticket else
+            points(leads(networks, "rewind", arm)[level]))
 
 
 def claims(networks: pd.DataFrame) -> list[list[str]]:
@@ -729,9 +804,10 @@ def questions(networks: pd.DataFrame, levels: list[int]) -> list[list[str]]:
     for arm in arms_of(networks)[1:]:
         label, question, kind = REGISTRY[arm].label, REGISTRY[arm].question, REGISTRY[arm].kind
         ahead, margin = leads(networks, "rewind", arm), MATCHING_MARGIN if kind != "difference" else 0
+        cells = [lead_in_words(networks, arm, level) for level in levels]
         answers = [decide(-ahead[level] if kind == "enough" else ahead[level], margin) for level in levels]
-        lines.append([question, f"{arm} ({label})", *(f"{points(ahead[level])}: {answer}"
-                                                      for level, answer in zip(levels, answers, strict=True))])
+        lines.append([question, f"{arm} ({label})", *(cell if cell.startswith("not") else f"{cell}: {answer}"
+                                                      for cell, answer in zip(cells, answers, strict=True))])
     return lines
 
 
@@ -741,33 +817,44 @@ MODELS = {"mlp": "LeNet-300-100", "lenet": "LeNet-5"}
 STYLE = sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scale=1.2)
 
 
-def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_masks: Tensor | None) -> dict[str, Figure]:
+def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_layer: Tensor) -> dict[str, Figure]:
     """Every figure that the run's arms, levels and moments give, by file name.
 
-    `first_masks`: the level at which each weight of the first layer was pruned, (trials, inputs, outputs).
+    `first_layer`: the level at which each of its weights was pruned, (trials, places of the input, outputs).
     """
-    arms = arms_of(networks)
+    arms, dense = arms_of(networks), networks.loc["dense", "stop_accuracy"].mean() / 1e4
     title = f"Lottery tickets on {records['dataset'][0]}, {MODELS[records['model'][0]]}, {trials_in_words(networks)}"
+    stop = "stop_accuracy", "test accuracy at early stop (%)", dense, f"dense network ({dense:.2f} %)"
+    start = "start_accuracy", "test accuracy before the first step (%)", 10, "chance (10 %)"
     figures = {"learning_curves.png": learning_curves(records, networks, title)}
     if arms:
-        figures["accuracy_plot_iterative.png"] = accuracy_plot(networks, ["rewind"], title)
-        figures["comparison_plot.png"] = accuracy_plot(networks, arms, title)
-        figures["mask_plot.png"] = mask_plot(networks, first_masks, title)
+        figures["accuracy_plot_iterative.png"] = accuracy_plot(networks, ["rewind"], title, *stop)
+        figures["comparison_plot.png"] = accuracy_plot(networks, arms, title, *stop)
+        figures["supermask_plot.png"] = accuracy_plot(networks, [arm for arm in arms if arm != "finetune"],
+                                                      f"{title}: before any training", *start)
+        figures["mask_plot.png"] = mask_plot(networks, first_layer, title)
     if "reinit" in arms:
-        figures["accuracy_plot_reinit.png"] = accuracy_plot(networks, ["reinit"], title)
+        figures["accuracy_plot_reinit.png"] = accuracy_plot(networks, ["reinit"], title, *stop)
     if "transfer" in arms:
-        figures["transfer_plot.png"] = transfer_plot(networks, title)
+        figures["transfer_plot.png"] = transfer_plot(networks, title, *stop)
     panels = {column: words for column, words in MOMENTS.items() if arms and is_reached_by_most(networks, column)}
     if panels:
         figures["early_stopping_plot.png"] = early_stopping_plot(records, networks, panels, title)
     return figures
 
 
-def new_figure(title: str, columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list]:
-    """A figure with a title and a row of axes, apart from pyplot: a notebook's own figures stay as they are."""
-    figure = Figure(figsize=size, layout="constrained")
+def new_figure(title: str, panels: Iterable[str], size: tuple[float, float], sharey: bool = True) -> tuple:
+    """A figure with a title and a row of axes with theirs, each of a size (width, height in inches).
+
+    It is made apart from pyplot: a notebook's own figures stay as they are.
+    """
+    panels = list(panels)
+    figure = Figure(figsize=(1.2 + len(panels) * size[0], size[1]), layout="constrained")
     figure.suptitle(title)
-    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=sharey)[0])
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
+    for axes, words in zip(row, panels, strict=True):
+        axes.set_title(words)
+    return figure, row
 
 
 def scale_weights_remaining(axes, networks: pd.DataFrame) -> None:
@@ -786,53 +873,56 @@ def drawn_as(arm: str) -> dict:
             "linewidth": 2.6 if main else 1.6, "markersize": 8, "zorder": 3 if main else 2.5}
 
 
-def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], labels: dict[str, str] | None = None) -> None:
-    """Test accuracy at early stop versus weights remaining of some arms, the dense networks dashed.
+def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], column: str, ylabel: str, line: float, words: str,
+                   labels: dict[str, str] | None = None) -> None:
+    """An accuracy versus weights remaining of some arms, and a line at one accuracy.
 
-    Lines are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale is the
-    same whichever arms are drawn.
+    Curves are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale is the
+    same whichever arms are drawn; networks that have trained before any step (finetune) may leave it.
     """
-    accuracy = networks["stop_accuracy"] / 1e4
-    mean = accuracy["dense"].mean()
-    axes.axhline(mean, color=REGISTRY["dense"].colour, linestyle="--", label=f"dense network ({mean:.2f} %)")
+    axes.axhline(line, color=REGISTRY["dense"].colour, linestyle="--", label=words)
     for arm in arms:
         drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])                   # every arm starts from dense
-        sns.lineplot(x=drawn["weights_remaining"], y=drawn["stop_accuracy"] / 1e4, ax=axes, legend=False,
+        sns.lineplot(x=drawn["weights_remaining"], y=drawn[column] / 1e4, ax=axes, legend=False,
                      errorbar=("pi", 100) if arm in ("rewind", "reinit") else None,
                      **drawn_as(arm) | ({"label": labels[arm]} if labels else {}))
     scale_weights_remaining(axes, networks)
+    accuracy = networks[column].drop("finetune" if column == "start_accuracy" else [], errors="ignore") / 1e4
     margin = 0.05 * np.ptp(accuracy) + 0.01
-    axes.set(ylim=(accuracy.min() - margin, accuracy.max() + margin), ylabel="test accuracy at early stop (%)")
-    axes.legend(loc="lower left")
+    axes.set(ylim=(accuracy.min() - margin, accuracy.max() + margin), ylabel=ylabel)
+    if len(arms) > 4:                                                                   # they would hide curves
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    else:
+        axes.legend(loc="best")
 
 
-def accuracy_plot(networks: pd.DataFrame, arms: list[str], title: str) -> Figure:
-    """Accuracy versus weights remaining of some arms; beyond four, controls of the weights and of the mask apart."""
-    main = [arm for arm in arms if arm in ("rewind", "reinit")]
+def accuracy_plot(networks: pd.DataFrame, arms: list[str], title: str, *what) -> Figure:
+    """An accuracy versus weights remaining; beyond four arms, controls of the weights and of the mask apart."""
+    main = ("rewind", "reinit")
     parts = {"": arms} if len(arms) <= 4 else {
         f"Controls of the {part}": [arm for arm in arms if arm in main or REGISTRY[arm].controls == part]
         for part in ("weights", "mask")}
-    figure, row = new_figure(title, len(parts), (1.2 + 7.4 * len(parts), 5.6), sharey=True)
-    for axes, (words, shown) in zip(row, parts.items(), strict=True):
-        accuracy_panel(axes, networks, shown)
-        axes.set_title(words)
+    figure, row = new_figure(title, parts, (7.4, 5.6 if len(parts) == 1 else 7))
+    for axes, shown in zip(row, parts.values(), strict=True):
+        accuracy_panel(axes, networks, shown, *what)
     return figure
 
 
-def transfer_plot(networks: pd.DataFrame, title: str) -> Figure:
+def transfer_plot(networks: pd.DataFrame, title: str, *what) -> Figure:
     """Do tickets found on another dataset train as well as those found here? Accuracies, and paired differences."""
-    figure, (left, right) = new_figure(title, 2, (15, 5.6))
+    figure, (left, right) = new_figure(title, ("mean over trials", "paired difference, mean and 95 % interval"),
+                                       (7, 5.6), sharey=False)
     here, there = "ticket found here", REGISTRY["transfer"].label
     labels = {"rewind": here, "transfer": there, "reinit": "mask found here, new weights"}
     labels = {arm: label for arm, label in labels.items() if arm in arms_of(networks)}
-    accuracy_panel(left, networks, list(labels), labels)
+    accuracy_panel(left, networks, list(labels), *what, labels)
     right.axhline(0, color=REGISTRY["dense"].colour, linestyle="--")
     for arm in [arm for arm in labels if arm != "transfer"]:
         mean, half = np.transpose([interval(lead) for lead in leads(networks, "transfer", arm)])
         right.plot(remaining(networks), mean, **drawn_as(arm) | {"label": f"minus {labels[arm]}"})
         right.fill_between(remaining(networks), mean - half, mean + half, color=REGISTRY[arm].colour, alpha=0.2)
     scale_weights_remaining(right, networks)
-    right.set(ylabel=f"{there} (points)", title="paired difference, mean and 95 % interval")
+    right.set(ylabel=f"{there}: lead (points)")
     right.legend(loc="best")
     return figure
 
@@ -849,9 +939,9 @@ def is_reached_by_most(networks: pd.DataFrame, column: str) -> bool:
 
 def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: dict[str, str], title: str) -> Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, row = new_figure(title, len(panels), (1.2 + 7.4 * len(panels), 6.2), sharey=True)
+    figure, row = new_figure(title, panels.values(), (7.4, 6.2))
     last, arms = records["step"].max(), arms_of(networks)
-    for axes, (column, words) in zip(row, panels.items(), strict=True):
+    for axes, column in zip(row, panels, strict=True):
         axes.axhline(last, color=REGISTRY["dense"].colour, linestyle=":", label=f"end of training ({last} steps)")
         for place, arm in enumerate(arms, start=1):
             drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])
@@ -863,30 +953,33 @@ def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: d
                       **style | {"label": None, "markerfacecolor": "white", "markeredgewidth": 1.5})
         scale_weights_remaining(axes, networks)
         axes.set_yticks([tick for tick in matplotlib.ticker.MaxNLocator(7).tick_values(0, last) if tick <= last])
-        axes.set(ylim=(0, last * (1.06 + 0.05 * len(arms))), ylabel="median step (hollow: not reached by most)",
-                 title=words)
+        axes.set(ylim=(0, last * (1.06 + 0.05 * len(arms))), ylabel="median step (hollow: not reached by most)")
     # Below the panels: within them, no place is free in every run.
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(panels))
     return figure
+
+
+def of_levels(networks: pd.DataFrame, levels: list[int]) -> list[str]:
+    """What panels of single levels are called."""
+    return [f"{remaining(networks)[level]:.1f} % of the weights" for level in levels]
 
 
 def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -> Figure:
     """Test accuracy while training, at a few sparsities, the dense networks dashed."""
     arms = arms_of(networks)
     levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    figure, row = new_figure(title, len(levels), (6 + 3 * len(levels), 5.6), sharey=True)
+    figure, row = new_figure(title, of_levels(networks, levels), (max(3.8, 7.4 / len(levels)), 5.6))
     for level, axes in zip(levels, row, strict=True):
         for arm, at in {"dense": 0, **dict.fromkeys(arms, level)}.items():
             drawn = records[(records["arm"] == arm) & (records["level"] == at)]
             sns.lineplot(drawn, x="step", y="test_accuracy", ax=axes, legend=False,
                          errorbar=("pi", 100) if arm in ("rewind", "reinit") else None, linestyle="-" if at else "--",
                          markevery=1 + drawn["step"].nunique() // 12, **drawn_as(arm))
-        axes.set(xlabel="training step", ylabel="test accuracy (%)",
-                 title=f"{remaining(networks)[level]:.1f} % of the weights")
+        axes.set(xlabel="training step", ylabel="test accuracy (%)")
     # The first twentieth of the training may lie below the axis: the rest would be squeezed into a line.
     shown = records[records["level"].isin([0, *levels]) & (records["step"] > records["step"].max() / 20)]
     row[0].set_ylim(shown["test_accuracy"].min() - 0.5, shown["test_accuracy"].max() + 0.5)
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(levels))
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, len(levels)))
     return figure
 
 
@@ -896,13 +989,12 @@ def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
     pruned_at: (trials, places, outputs).
     """
     levels, side = levels_near(networks, 51.3, 21.1, 7.0, 3.6), math.isqrt(pruned_at.shape[1])
-    figure, row = new_figure(f"{title}: first layer", len(levels), (3.8 * len(levels), 5.6))
+    figure, row = new_figure(f"{title}: first layer\n", of_levels(networks, levels), (3.8, 6))
     for level, axes in zip(levels, row, strict=True):
         share = 100 * masks_at({"first": pruned_at}, level)["first"].mean((0, 2)).view(side, side).numpy()
         image = axes.imshow(share, cmap="rocket", vmin=0)
         figure.colorbar(image, ax=axes, location="bottom", label="weights left (%)")
-        axes.set(title=f"{remaining(networks)[level]:.1f} % of all weights", xlabel="column", ylabel="row",
-                 xticks=[], yticks=[])
+        axes.set(xlabel="column", ylabel="row", xticks=[], yticks=[])
     return figure
 
 
@@ -914,7 +1006,8 @@ STACK_SIZE = 20                       # networks that train together
 
 LINE = "\n"                           # f-strings of Python 3.10 may hold no backslash
 OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "learning_curves.png", "mask_plot.png", "transfer_plot.png", "tickets.pt", "metrics.csv", "summary.md")
+           "learning_curves.png", "mask_plot.png", "supermask_plot.png", "transfer_plot.png",
+           "tickets.pt", "metrics.csv", "summary.md")
 
 
 class UserError(ValueError):
@@ -952,11 +1045,9 @@ def as_views(rows: Tensor, shapes: Weights) -> Weights:
 
 
 def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """A copy of a plain network, on the CPU, that holds a single network's weights. Raises RuntimeError if they differ.
-    """
+    """A plain network with a single network's weights put in, on the CPU. Raises RuntimeError where they do not fit."""
     plain = {name: tensor.flatten() if name.endswith(".bias") else tensor.T if tensor.ndim == 2 else tensor
              for name, tensor in weights.items()}
-    network = copy.deepcopy(network)
     network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                              for name, tensor in plain.items()}, assign=True)
     return network
@@ -984,9 +1075,18 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 # ---- Records and progress --------------------------------------------------------------------------------------------
 
+def check_finite(loss: Tensor, networks: list[tuple[str, int]], level: int, step: int) -> None:
+    """Raise UserError where a network's loss is not finite."""
+    for (arm, trial), finite in zip(networks, loss.isfinite().tolist(), strict=True):
+        if not finite:
+            raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite by "
+                            f"step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
+
+
 def tabulate(networks: list[tuple[str, int]], level: int, masks: Masks, evaluations: list[tuple]) -> list[dict]:
     """Rows of metrics.csv: one per evaluation of each network (arm, trial) of a stack."""
-    percent = weights_remaining(masks)
+    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
+    percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
     return [{"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": level,
              "weights_remaining": float(f"{percent[n]:.6g}"), "step": step}
             | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
@@ -1098,19 +1198,18 @@ def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
     The archive has a sum to be checked by, and so comes first; one that fails is downloaded again. Files are never
     unpacked, so that the folder may be read-only.
     """
-    file, reason = archive.with_suffix(""), ""
+    file, reasons = archive.with_suffix(""), []
     if archive.exists() or not file.exists():
-        file, sound = archive, check_integrity(archive, md5)
-        for mirror in () if sound else mirrors:
+        file = archive
+        for mirror in mirrors if not check_integrity(archive, md5) else ():
             try:
                 download_url(mirror + archive.name, str(archive.parent), md5=md5)       # compares the sum, too
-                sound = True
                 break
             except (OSError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[-1]
-        if not sound:
+                reasons.append(str(error).strip().splitlines()[-1])
+        if len(reasons) == len(mirrors):
             raise UserError(f"{archive} is {'damaged' if archive.exists() else 'missing'} and could not be downloaded "
-                            f"({reason}): put the archive with the md5 sum {md5} there, or in its place the "
+                            f"({reasons[-1]}): put the archive with the md5 sum {md5} there, or in its place the "
                             "unpacked file, or set DATA_DIR.")
     content, shape = file.read_bytes(), SHAPES[archive.name]
     content = gzip.decompress(content) if file == archive else content
@@ -1163,10 +1262,9 @@ def read_saved(path: Path) -> dict:
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
-def unused(path: Path) -> Path:
-    """The path itself, or where it exists the first that does not with -2, -3 and so on behind it."""
-    numbered = (path.with_name(path.name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    return next(path for path in numbered if not path.exists())
+def moment() -> str:
+    """The time, as part of a name that nothing else has."""
+    return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
 
 
 @contextlib.contextmanager
@@ -1207,22 +1305,21 @@ def script_sum() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def new_state(run: str) -> dict:
-    """The state before level 0: the run's name, the level that was finished last, records, and by trial `theta` (the
-    weights to rewind to), pruned_at, the trained dense networks and the rewind networks as they were trained last."""
+def load_state(checkpoint: Path) -> dict:
+    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside.
+
+    It holds the run's name, the level that was finished last, its records, and by trial the weights to rewind to
+    (theta), the level at which each weight was pruned, the dense networks as trained, and those to prune next.
+    """
     theta0 = {trial: initial_weights(generator("init", trial)) for trial in own_trials()}
     never = {trial: {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(weights).items()}
              for trial, weights in theta0.items()}
-    return {"run": run, "level": -1, "records": [], "theta": theta0, "pruned_at": never, "dense": {}, "trained": {}}
-
-
-def load_state(checkpoint: Path) -> dict:
-    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside."""
-    new = new_state(checkpoint.name)
+    new = {"run": checkpoint.name, "level": -1, "records": [], "theta": theta0, "pruned_at": never, "dense": {},
+           "trained": {}}
     if not checkpoint.exists():
         for other in checkpoint.parent.glob(re.sub(r"^(checkpoint-\w+)-\w+", r"\1-*", checkpoint.name)):
-            print(f"{other.name} is of the same experiment, but of another version of the script or of PyTorch, kind of "
-                  "device or number of threads: it is not used, and this run starts afresh", flush=True)
+            print(f"{other.name} is of the same experiment, but of another version of the script or of PyTorch, kind "
+                  "of device or number of threads: it is not used, and this run starts afresh", flush=True)
         return new
     try:
         state = read_saved(checkpoint)
@@ -1231,7 +1328,7 @@ def load_state(checkpoint: Path) -> dict:
     except OSError:
         raise
     except Exception:                                       # a damaged file can fail in any way
-        aside = unused(checkpoint.with_suffix(".damaged"))
+        aside = checkpoint.with_suffix(f".damaged-{moment()}")
         checkpoint.rename(aside)
         print(f"{checkpoint} was damaged and is now called {aside.name}: this run starts afresh", flush=True)
         return new
@@ -1287,18 +1384,13 @@ def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
         raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
     tickets = load_tickets(TICKETS_FROM)
     held = tickets["constants"]
-    if held["MODEL"] != MODEL or held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
-        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels of "
-                        f"{held['MODEL']}: MODEL must be the same, TRIALS and LEVELS no more.")
-    if held["REWIND_STEP"] != REWIND_STEP:
-        raise UserError(f"TICKETS_FROM={TICKETS_FROM} was found with REWIND_STEP={held['REWIND_STEP']}: "
-                        f"REWIND_STEP must be the same, not {REWIND_STEP}.")
-    for level, survivors in enumerate(survivors_by_level()):
-        masks = masks_at(tickets["pruned_at"], level)
-        if {int(count) for count in sum(mask.flatten(1).sum(1) for mask in masks.values())} != {survivors}:
-            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} keep another share of their weights at level "
-                            f"{level} than this run's: PRUNE_RATE and PRUNE_SCOPE must be those they were found with "
-                            f"({held['PRUNE_RATE']}, {held['PRUNE_SCOPE']}).")
+    for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
+        if held[name] != constants()[name]:
+            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} were found with {name}={held[name]}: here it "
+                            "must be the same, so that tickets with as many weights are compared.")
+    if held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
+        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels: "
+                        "TRIALS and LEVELS must be no more.")
     digest = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
     words = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
     notes = [f"Transferred tickets: {', '.join(f'{name} = {held[name]!r}' for name in words)}; sha256 {digest}."]
@@ -1336,7 +1428,7 @@ def make_room(folder: Path, metrics: bytes) -> None:
     numbers, words = (path.read_bytes() if path.exists() else b"" for path in (folder / name for name in OUTPUTS[-2:]))
     ours = all(f"\n{name} = {value!r}\n".encode() in words for name, value in experiment().items())
     if there and not (ours and metrics.startswith(numbers)):        # of this run there may be fewer levels
-        previous = unused(folder / "previous" / time.strftime("%Y-%m-%dT%H-%M-%S"))
+        previous = folder / "previous" / moment()
         previous.mkdir(parents=True)
         for path in there:                                          # summary.md last: it tells whose the results are
             path.rename(previous / path.name)
@@ -1357,8 +1449,8 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 def tables(networks: pd.DataFrame) -> str:
     """Tables with a row per level and a column per arm."""
     arms = arms_of(networks) or ["dense"]
-    stop, final, steps, reached = ({arm: by_level(networks, column, arm) for arm in arms} for column in (
-        "stop_accuracy", "final_accuracy", "stop_step", "stop_step_reached"))
+    stop, final, start, steps, reached, own = ({arm: by_level(networks, column, arm) for arm in arms} for column in (
+        "stop_accuracy", "final_accuracy", "start_accuracy", "stop_step", "stop_step_reached", "weights_remaining"))
     against = {arm: ["", *(f": {answer}" for answer in matching(networks, arm))] for arm in arms if arm != "dense"}
 
     def table(head: str, cell: Callable[[str, int], str]) -> str:
@@ -1369,9 +1461,12 @@ def tables(networks: pd.DataFrame) -> str:
     return "\n".join([
         table("Test accuracy at early stop, %: mean (lowest to highest), and against the dense networks",
               lambda arm, level: "{:.2f} ({:.2f} to {:.2f})".format(
-                  *(f(stop[arm][level]) / 1e4 for f in (np.mean, np.min, np.max))) + against.get(arm, [""])[level]),
+                  *(f(stop[arm][level]) / 1e4 for f in (np.mean, np.min, np.max))) + against.get(arm, [""])[level]
+              + f" (with {own[arm][level, 0]:.1f} %)" * bool(own[arm][level, 0] != own[arms[0]][level, 0])),
         table("The ticket's lead over the other arms, at early stop", lambda arm, level:
-              points(leads(networks, "rewind", arm)[level]) if level and arm != "rewind" else ""),
+              lead_in_words(networks, arm, level) if level and arm != "rewind" else ""),
+        table("Test accuracy before the first step, %: mean",
+              lambda arm, level: f"{start[arm][level].mean() / 1e4:.2f}"),
         table("Early stop: median step, and in how many trials it was not reached", lambda arm, level:
               median_step(steps[arm][level], reached[arm][level])
               + f", {(~reached[arm][level]).sum()} not reached" * (not reached[arm][level].all())),
@@ -1393,8 +1488,8 @@ def summary(networks: pd.DataFrame, records: pd.DataFrame, settings: dict, machi
 
 *Early stop* is the evaluation with the lowest validation loss. In the last 5 % of the {records["step"].max()} steps, or
 at one of the last two evaluations, it counts as not reached; "≥" marks a median that falls on such a one. Differences
-are paired by trial: mean ± half of the 95 % interval by Student's t. An arm *matches* the dense networks where the whole
-interval of its lead lies above -{MATCHING_MARGIN} points, else is *below* them where the whole of it lies under 0. They
+are paired by trial: mean ± half of the 95 % interval by Student's t. An arm *matches* the dense networks where the
+whole interval of its lead lies above -{MATCHING_MARGIN} points, else is *below* them where all of it lies under 0. They
 hold for this draw of the dense networks, this sequence of dropout and this validation split; each level is
 judged by itself, with no correction for their number.
 
@@ -1493,23 +1588,19 @@ def read_arguments(arguments: list[str]) -> dict:
     return values
 
 
-def survivors_by_level() -> list[int]:
-    """How many weights remain at each level, 0 to LEVELS. Raises UserError where a level would prune none or all."""
+def check_counts() -> None:
+    """Raise UserError where a level would prune no weights of a layer, or all of them."""
     network = build_network(MODEL, DROPOUT)
     rates, left = prune_rates(network), {f"{name}.weight": layer.weight.numel()
                                          for name, layer in weighted_layers(network).items()}
     if PRUNE_SCOPE == "global":
         left = {"all layers": sum(left.values())}
-    totals = [sum(left.values())]
-    for level in range(1, LEVELS + 1):
-        for name in left:
-            gone = round(rates.get(name, PRUNE_RATE) * left[name])
-            if not 0 < gone < left[name]:
-                raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of "
-                                f"the {left[name]} weights left in {name} would be pruned.")
-            left[name] -= gone
-        totals.append(sum(left.values()))
-    return totals
+    for level, name in itertools.product(range(1, LEVELS + 1), left):
+        gone = round(rates.get(name, PRUNE_RATE) * left[name])
+        if not 0 < gone < left[name]:
+            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
+                            f"{left[name]} weights left in {name} would be pruned.")
+        left[name] -= gone
 
 
 def check_constants() -> None:
@@ -1527,7 +1618,7 @@ def check_constants() -> None:
         raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    survivors_by_level()
+    check_counts()
     forward(build_network(MODEL, DROPOUT), stack([initial_weights(generator("init"))]), torch.zeros(1, 1, 1, 28, 28))
 
 
