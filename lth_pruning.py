@@ -103,8 +103,8 @@ Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test
 def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], checkpoint: Path) -> None:
     """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
 
-    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state (see `load_state`) is brought
-    up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
+    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state, see `load_state`, is
+    brought up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
     """
     with progress_bar(state["level"]) as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
@@ -112,8 +112,7 @@ def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], check
             new = {"level": level, "pruned_at": pruned_at, "records": [], "theta": {}, "trained": {}}
             for networks in stacks(level):
                 weights, masks = start_arms(networks, level, pruned_at, state, elsewhere)
-                early, trained, evaluations = train(weights, masks, data, networks, level, bar)
-                record(new, networks, masks, early, trained, evaluations)
+                record(new, networks, masks, *train(weights, masks, data, networks, level, bar))
             finish_level(state, new, checkpoint, bar)
 
 
@@ -141,17 +140,6 @@ def start_arms(networks: list[tuple[str, int]], level: int, pruned_at: dict[int,
         ticket=elsewhere and (elsewhere[trial]["theta0"], masks_at(elsewhere[trial]["pruned_at"], level)))
         for arm, trial in networks]
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
-
-
-def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
-           evaluations: list[tuple]) -> None:
-    """Add to a level what a stack gave: records, the networks to prune next, and theta, the weights to rewind to."""
-    new["records"] += tabulate(networks, new["level"], masks, evaluations)
-    for n, (arm, trial) in enumerate(networks):
-        if arm in ("dense", "rewind"):
-            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
-        if arm == "dense":
-            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
 
 
 PURPOSES = {"init": 0, "split": 3, "order": 4, "dropout": 5}     # arms that draw random numbers add theirs
@@ -209,8 +197,7 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
 
 
 def prune_tickets(state: dict, level: int) -> dict[int, Masks]:
-    """By trial, the level at which each weight was pruned (0: never), this level's taken from the networks as the level
-    before trained them: dense ones first, then always the rewound."""
+    """By trial, the level at which each weight was pruned (0: never), this level's by what the last one trained."""
     if level == 0:
         return state["pruned_at"]
     rates, pruned_at = prune_rates(build_network(MODEL, DROPOUT)), {}
@@ -269,8 +256,6 @@ def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
     return masked(theta0, masks), masks
 
 
-# What the survivors start from
-
 @register("re-initialised at random", "#de8f05", "s", late=False, controls="weights", seed=1,
           question="Do the original weights matter?")
 def reinit(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
@@ -304,8 +289,6 @@ def finetune(trained: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
     """The survivors keep the weights that the level before trained: these networks have trained longer."""
     return masked(trained, masks), masks
 
-
-# Which connections survive
 
 @register("shuffled connections", "#029e73", "^", controls="mask", seed=2,
           question="Do the connections matter, beyond their number per layer?")
@@ -543,9 +526,10 @@ def forward(network: nn.Sequential, weights: Weights, images: Tensor, dropout: I
     for name, layer in layers[flatten + 1:]:
         if type(layer) is nn.Linear and layer.bias is not None:
             operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
-            if nets == 1:                           # a lone product would be rounded otherwise: give it a twin
-                operands = [tensor.expand(2, -1, -1) for tensor in operands]
-            x = torch.baddbmm(*operands) if nets > 1 else torch.baddbmm(*operands)[:1]
+            if nets > 1:
+                x = torch.baddbmm(*operands)
+            else:                                   # a lone product would be rounded otherwise: it gets a twin
+                x = torch.baddbmm(*(tensor.expand(2, -1, -1) for tensor in operands))[:1]
         elif type(layer) is nn.Dropout:
             factor = next(dropout, None)
             x = x if factor is None else x * factor
@@ -616,11 +600,11 @@ def measure(records: pd.DataFrame) -> pd.DataFrame:
     """A row per network, by arm, level and trial, from a row per evaluation.
 
     weights_remaining, start_accuracy (test accuracy before the first step: a supermask's), and of the later evaluations
-    final_accuracy (after the last step), stop_accuracy (at early stop: the evaluation
-    with the lowest validation loss), stop_step, and catch_up_step (the first with the validation accuracy that the
-    trial's dense network ends at). An early stop in the last 5 % of the training or at one of its last two evaluations
-    counts as not reached. Where stop_step_reached or catch_up_step_reached is false, the step is a lower bound.
-    Accuracies are whole ten-thousandths of a percent, so that equal counts of right images are equal numbers.
+    final_accuracy (after the last step), stop_accuracy and stop_step (at early stop, the lowest validation loss), and
+    catch_up_step (the first with the validation accuracy that the trial's dense network ends at). An early stop in the
+    last 5 % of the training or at one of its last two evaluations counts as not reached. Where stop_step_reached or
+    catch_up_step_reached is false, the step is a lower bound. Accuracies are whole ten-thousandths of a percent: equal
+    counts of right images are equal numbers.
     """
     network, accuracies = ["arm", "level", "trial"], ["val_accuracy", "test_accuracy"]
     records = records.assign(**(1e4 * records[accuracies]).round().astype("int64")).reset_index(drop=True)
@@ -1052,6 +1036,7 @@ def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
                              for name, tensor in plain.items()}, assign=True)
     return network
 
+
 print_once = functools.cache(print)
 
 
@@ -1092,6 +1077,17 @@ def tabulate(networks: list[tuple[str, int]], level: int, masks: Masks, evaluati
             | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
                 ("train_loss", "val_loss", "val_accuracy", "test_accuracy"), measures, strict=True)}
             for n, (arm, trial) in enumerate(networks) for step, *measures in evaluations]
+
+
+def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
+           evaluations: list[tuple]) -> None:
+    """Add to a level what a stack gave: records, the networks to prune next, and theta, the weights to rewind to."""
+    new["records"] += tabulate(networks, new["level"], masks, evaluations)
+    for n, (arm, trial) in enumerate(networks):
+        if arm in ("dense", "rewind"):
+            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
+        if arm == "dense":
+            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
 
 
 def in_order(records: list[dict]) -> list[dict]:
@@ -1300,8 +1296,9 @@ def checkpoint_path(device: torch.device) -> Path:
     return beside_script(RESULTS_DIR) / f"checkpoint-{first}-{second}{share}.pt"
 
 
+@functools.cache
 def script_sum() -> str:
-    """The sha256 sum of this script's bytes."""
+    """The sha256 sum of this script's bytes when the run began; it may be edited meanwhile."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
