@@ -7,9 +7,10 @@ Everything is measured in turn, several times, in one process: quote the ratios.
 
 loader    a DataLoader that transforms image by image, one network, AdamW, clip_grad_norm_, a loop over masks
 plain     one network, the data set as one tensor in memory, fused AdamW
-stack n   lth_pruning.train, n networks together
+stack n   lth_pruning.train, n networks together: of two arms, where n is even
 sparse    the stack of ten networks with 3.6 % of their weights, as after 15 levels
-products  the matrix products and convolutions of one step of ten networks, forward and backward: the floor
+products  the matrix products and convolutions of one step of ten networks, forward and backward
+floor     the same and AdamW: what a step in PyTorch has to take
 """
 
 import itertools
@@ -33,7 +34,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lth_pruning as lth
 
-ROUNDS, STACKS = 5, (1, 5, 10, 20, 50)
+ROUNDS, STACKS = 5, (1, 5, 10, 20, 40, 80)
 
 
 class Clock:
@@ -77,36 +78,47 @@ def train_alone(batches: Iterable, device: torch.device, steps: int, fused: bool
 
 def train_stack(nets: int, data: dict, device: torch.device, steps: int, share: float = 1) -> float:
     """Seconds per step and network of a stack that has this share of its weights left."""
-    lth.TRIALS, clock = nets, Clock(device, steps)
-    weights = lth.stack([lth.initial_weights(lth.generator("init", n)) for n in range(nets)])
-    weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    masks = lth.full_masks(weights)
-    masks = lth.prune(weights, masks, dict.fromkeys(masks, 1 - share), "layer")
-    lth.train(lth.masked(weights, masks), masks, data, ("rewind",), level=1, steps=steps, bar=clock)
+    arms = ("rewind", "reinit") if nets % 2 == 0 else ("rewind",)
+    networks, clock = [(arm, trial) for arm in arms for trial in range(nets // len(arms))], Clock(device, steps)
+    single = lth.initial_weights(lth.generator("init"))
+    masks = lth.full_masks(single)
+    masks = lth.stack(nets * [lth.prune(single, masks, dict.fromkeys(masks, 1 - share), "layer")])
+    lth.EPOCHS, lth.EVAL_EVERY, lth.steps_per_epoch = 1, steps, lambda: steps
+    lth.train(lth.masked(lth.stack(nets * [single]), masks), masks, data, networks, 1, clock)
     return clock.seconds() / nets
 
 
-def products(nets: int, device: torch.device) -> Callable[[], None]:
+def products(nets: int, device: torch.device, adamw: bool) -> Callable[[], None]:
     """A function that does nothing but the products of one step: per layer its output, its weights' and its inputs'
-    gradient; the first layer's input needs none."""
+    gradient, which the first layer does not need; convolutions of two arms in one, as in the stack. And AdamW."""
     calls, x = [], torch.randn(2, 1, 28, 28)
     for layer in lth.build_network(lth.MODEL, 0):
         shape, x = x.shape[1:], layer(x)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
-        inputs, outputs = (torch.randn(nets, lth.BATCH_SIZE, *size, device=device) for size in (shape, x.shape[1:]))
         first = not calls
         if isinstance(layer, nn.Linear):
+            inputs, outputs = (torch.randn(nets, lth.BATCH_SIZE, *size, device=device) for size in (shape, x.shape[1:]))
             weight = torch.randn(nets, layer.in_features, layer.out_features, device=device)
             calls += [(torch.bmm, inputs, weight), (torch.bmm, inputs.mT, outputs)]
             calls += [] if first else [(torch.bmm, outputs, weight.mT)]
         else:
-            weight = layer.weight.detach().to(device)
-            padding = list(layer.padding)
-            for one, gradient in zip(inputs, outputs, strict=True):
-                calls += [(F.conv2d, one, weight, None, 1, padding),
-                          (torch.ops.aten.convolution_backward, gradient, one, weight, None, [1, 1], padding, [1, 1],
-                           False, [0, 0], 1, [not first, True, False])]
+            groups, padding = 1 if first else 2, list(layer.padding)
+            one, gradient = (torch.randn(lth.BATCH_SIZE, arms * size[0], *size[1:], device=device).to(
+                memory_format=torch.channels_last) for arms, size in ((groups, shape), (2, x.shape[1:])))
+            one = one.as_strided(one.shape, (784, 1, 28, 1)) if first else one
+            weight = torch.cat(2 * [layer.weight.detach().to(device)])
+            calls += nets // 2 * [
+                (F.conv2d, one, weight, None, 1, padding, 1, groups),
+                (torch.ops.aten.convolution_backward, gradient, one, weight, None, [1, 1], padding, [1, 1], False,
+                 [0, 0], groups, [not first, True, False])]
+    rows = torch.randn(nets, sum(tensor.numel() for tensor in lth.initial_weights(lth.generator("init")).values()),
+                       device=device)
+    parameters = [row.requires_grad_() for row in rows.unbind()]
+    for row, gradient in zip(parameters, torch.randn_like(rows), strict=True):
+        row.grad = gradient
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    calls += [(optimizer.step,)] if adamw else []
 
     def run() -> None:
         for call, *arguments in calls:
@@ -137,7 +149,7 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], source: torchvision.datasets
     few = {name: (images, labels) if name == "train" else (images[:1], labels[:1])
            for name, (images, labels) in data.items()}
     images, labels = data["train"]
-    bare = products(10, device)
+    bare, floor = products(10, device, adamw=False), products(10, device, adamw=True)
     loader = torch.utils.data.DataLoader(source, batch_size=lth.BATCH_SIZE, shuffle=True)
     in_memory = ((images[pick], labels[pick]) for _ in iter(int, 1)
                  for pick in torch.randperm(len(images), device=device).split(lth.BATCH_SIZE))
@@ -146,7 +158,8 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], source: torchvision.datasets
         "plain": lambda: train_alone(in_memory, device, 100, fused=True),
         **{f"stack {n}": lambda n=n: train_stack(n, few, device, max(20, 200 // n)) for n in STACKS},
         "sparse": lambda: train_stack(10, few, device, 20, share=0.036),
-        "products": lambda: time_products(bare, 10, device, 20)}
+        "products": lambda: time_products(bare, 10, device, 20),
+        "floor": lambda: time_products(floor, 10, device, 20)}
     seconds = {name: [] for name in measure}
     for _ in range(ROUNDS + 1):                                     # the first round warms up
         for name, run in measure.items():

@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEFAULTS = lth_pruning.constants()
 FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
-           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png"}
+           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png"}
 
 # A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
 REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
@@ -52,11 +52,11 @@ def expected_figures(folder: Path) -> set[str]:
     validation loss neither in the last 5 % of the steps nor at the last two evaluations, or come to the validation
     accuracy that their trial's dense network ends at.
     """
-    records = pd.read_csv(folder / "metrics.csv")
+    records = pd.read_csv(folder / "metrics.csv").dropna(subset="train_loss")           # after some training
     arms = {*records["arm"]} - {"dense"}
     figures = {"learning_curves.png"}
     if arms:
-        figures |= {"accuracy_plot_iterative.png", "comparison_plot.png", "mask_plot.png"}
+        figures |= {"accuracy_plot_iterative.png", "comparison_plot.png", "mask_plot.png", "supermask_plot.png"}
     figures |= {figure for arm, figure in (("reinit", "accuracy_plot_reinit.png"), ("transfer", "transfer_plot.png"))
                 if arm in arms}
     steps = sorted({*records["step"]})
@@ -78,10 +78,10 @@ def flip(content: bytes, place: int) -> bytes:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.csv, numbers as numbers."""
+    """The rows of metrics.csv, numbers as numbers; before the first step there is no training loss: None."""
     with open(folder / "metrics.csv", newline="") as file:
-        return [{name: value if name in ("dataset", "model", "arm") else float(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]
+        return [{name: value if name in ("dataset", "model", "arm") else float(value) if value else None
+                 for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
@@ -92,10 +92,13 @@ def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
 
 
 def at_early_stop(rows: list[dict], arm: str, level: int) -> list[float]:
-    """Test accuracies at the evaluation with the lowest validation loss, the first of equal ones, by trial."""
+    """Test accuracies at the evaluation with the lowest validation loss, the first of equal ones, by trial.
+
+    The evaluation before the first step is none of them.
+    """
     by_trial = {}
     for row in sorted(rows, key=lambda row: (row["trial"], row["step"])):
-        if (row["arm"], row["level"]) == (arm, level):
+        if (row["arm"], row["level"]) == (arm, level) and row["train_loss"] is not None:
             by_trial.setdefault(row["trial"], []).append(row)
     return [min(found, key=lambda row: row["val_loss"])["test_accuracy"] for found in by_trial.values()]
 
@@ -123,6 +126,12 @@ def small(lth, mnist, monkeypatch):
     parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
     monkeypatch.setattr(lth, "load_dataset", lambda _: parts)
     return parts
+
+
+@pytest.fixture
+def no_figures(lth, monkeypatch):
+    """For runs of which only the numbers matter: drawing takes longer than their training."""
+    monkeypatch.setattr(lth, "draw_figures", lambda *_: {})
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Whatever a user can get wrong in the constants ends before the work, in one sentence, with exit code 2."""
 
 import ast
+import re
+from typing import Literal, get_args, get_origin
 
 import pytest
-from conftest import SCRIPT, run_script
+from conftest import DEFAULTS, SCRIPT, run_script
 
 BAD = [
     ("TRIALS=0", "TRIALS must be a whole number, 1 to 1000, not 0"),
@@ -112,13 +114,45 @@ def test_good_arguments_are_read_as_python_would(lth, argument, name, value):
     lth.check_constants()
 
 
-def test_every_constant_has_a_rule_and_is_in_the_readme(lth):
-    tree = ast.parse(SCRIPT.read_text())
-    rules = list(lth.RULES)
-    assigned = [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
-    assert assigned[:len(rules)] == rules                       # just the constants at the top, in this order
-    readme = (SCRIPT.parent / "README.md").read_text()
-    assert not [name for name in rules if f"`{name}`" not in readme]
+def test_every_constant_has_a_rule(lth):
+    """What is annotated at the top is the constants, each with choices or a range, and nothing else has either."""
+    body = ast.parse(SCRIPT.read_text()).body
+    annotated = [node.target.id for node in body if isinstance(node, ast.AnnAssign) and node.target.id.isupper()]
+    assert len(annotated) > 20
+    assert list(lth.constants()) == list(lth.rules()) == annotated
+    first = next(number for number, node in enumerate(body) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    assert annotated == [node.target.id for node in body[:first] if isinstance(node, ast.AnnAssign)]
+    choices = {name for name, annotation in lth.rules().items() if get_origin(annotation) is Literal}
+    assert choices | set(lth.RANGES) == set(annotated) and not choices & set(lth.RANGES)
+    assert all(DEFAULTS[name] in get_args(lth.rules()[name]) for name in choices)
+    lth.check_constants()
+
+
+def test_the_scripts_own_list_of_packages_is_the_requirements(lth):
+    """Tools that run a script in an environment of its own read the list in its first lines (PEP 723)."""
+    (block,) = re.findall(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SCRIPT.read_text(), re.M)
+    content = "".join(line[2:] or "\n" for line in block.splitlines(keepends=True))
+    (listed,) = re.findall(r"^dependencies = (\[.*?\])$", content, re.M | re.S)
+    assert sorted(ast.literal_eval(listed)) == sorted((SCRIPT.parent / "requirements.txt").read_text().split())
+    assert re.search(r'^requires-python = ">=3\.10"$', content, re.M)
+
+
+def test_main_leaves_the_constants_as_they_were(lth, monkeypatch, tmp_path):
+    """Called twice in a notebook, it begins both times with the file's constants; after an error, too."""
+    seen = []
+    lth.use(**DEFAULTS | {"SEED": 7})                           # edited, as it were
+    before = lth.constants()
+    with monkeypatch.context() as patch:
+        patch.setattr(lth, "run", lambda: seen.append(lth.constants()))
+        lth.main(["TRIALS=2", "MODEL=lenet", "DROPOUT=0"])
+        lth.main(["LEVELS=3"])
+    assert seen == [before | {"TRIALS": 2, "MODEL": "lenet", "DROPOUT": 0.0}, before | {"LEVELS": 3}]
+    assert lth.constants() == before
+    for arguments, error in ((["LEVELS=2", "TRIALS=0"], "TRIALS"), (["LEVELS=2", "NOTHING=1"], "NOTHING"),
+                             (["LEVELS=2", "DEVICE=cuda:99"], "DEVICE")):
+        with pytest.raises(lth.UserError, match=error):
+            lth.main([f"RESULTS_DIR={tmp_path}", *arguments])
+        assert lth.constants() == before
 
 
 def test_help_shows_the_constants(lth, capsys):

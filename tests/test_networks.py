@@ -1,5 +1,7 @@
 """The stack of networks must do just what plain PyTorch does with one network at a time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 BAR = tqdm(disable=True)
+FROM_STEP_0 = ("dense", "reinit", "signs", "magnitude", "small")               # these start there with REWIND_STEP, too
 
 
 def draw(seed: int, trial: int, level: int, purpose: int) -> torch.Generator:
@@ -28,6 +31,31 @@ def starting_stack(lth, scales: list[float]):
     for mask in masks.values():
         mask[:len(scales) // 2] = 1
     return lth.masked(weights, masks), masks
+
+
+def own_network(convolutions: list[nn.Module], *linear: nn.Module) -> nn.Sequential:
+    """A network that is neither model's: these layers, and an output layer behind whatever they give."""
+    layers = nn.Sequential(*convolutions, nn.Flatten(), *linear)
+    units = layers(torch.zeros(2, 1, 28, 28)).shape[1]
+    network = nn.Sequential()
+    for number, layer in enumerate(layers):
+        network.add_module(f"layer{number}", layer)
+    network.add_module("output", nn.Linear(units, 10))
+    return network
+
+
+def own_convolutions() -> nn.Sequential:
+    """With a stride, uneven padding, overlapping pools and no ReLU between two of its layers."""
+    return own_network([nn.Conv2d(1, 5, 5, stride=2, padding=(2, 1)), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1),
+                        nn.Conv2d(5, 7, 3)], nn.ReLU(), nn.Linear(175, 20), nn.ReLU())
+
+
+def use_model(lth, model: str) -> None:
+    """Set MODEL; "own" puts a network of the test's own in the place of the MLP."""
+    if model == "own":
+        lth.use(build_network=lambda *_: own_convolutions())
+    else:
+        lth.use(MODEL=model)
 
 
 @pytest.mark.parametrize(("model", "prunable"), [("mlp", 266_200), ("lenet", 61_470)])
@@ -57,26 +85,106 @@ def test_initial_weights_have_the_variance_of_their_init(lth, model, init, gain)
 
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_stack_gives_the_logits_of_its_plain_networks(lth, model, some_mnist):
+    """Three arms of two trials: the networks n and n + 2 see the same images, as all arms of a trial do."""
     lth.use(MODEL=model)
-    weights, _ = starting_stack(lth, [1, 2, 0.5])
-    images = some_mnist["train"][0][:60].view(3, 20, 1, 28, 28)
+    weights, _ = starting_stack(lth, [1, 2, 0.5, 1, 3, 0.7])
+    images = some_mnist["train"][0][:40].view(2, 20, 1, 28, 28)
     network = lth.build_network(model, 0.2).double().eval()
     logits = lth.forward(network, weights, images)
-    for n in range(3):
+    for n in range(6):
         plain = lth.as_plain_network(network, lth.pick(weights, n))
         assert all(type(layer) in (nn.Linear, nn.Conv2d) for layer in lth.weighted_layers(plain).values())
-        torch.testing.assert_close(logits[n], plain(images[n]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(logits[n], plain(images[n % 2]), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("model", "level"), [("mlp", 0), ("mlp", 5), ("lenet", 5)])
-def test_stack_trains_as_plain_networks_do(lth, model, level, some_mnist):
-    """40 steps of two arms and two trials, against nn layers, unfused AdamW and clip_grad_norm_, one at a time."""
-    steps, batch = 40, 64
+OWN = {
+    "stride": lambda: own_network([nn.Conv2d(1, 4, 5, stride=2), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=(1, 3))]),
+    "padding": lambda: own_network([nn.Conv2d(1, 4, 5, padding=3), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=(2, 0))]),
+    "padding same": lambda: own_network([nn.Conv2d(1, 4, 5, padding="same"), nn.Conv2d(4, 3, 3, padding="same")]),
+    "dilation": lambda: own_network([nn.Conv2d(1, 4, 5, dilation=2), nn.ReLU(), nn.Conv2d(4, 6, 3, dilation=(1, 2))]),
+    "kernel not square": lambda: own_network([nn.Conv2d(1, 4, (5, 2)), nn.MaxPool2d((2, 3)), nn.Conv2d(4, 6, (1, 3))]),
+    "overlapping pool": lambda: own_network([nn.Conv2d(1, 4, 5), nn.MaxPool2d(3, stride=2, padding=1), nn.ReLU(),
+                                             nn.Conv2d(4, 6, 3), nn.MaxPool2d(2, stride=1)]),
+    "pool of another kind": lambda: own_network([nn.Conv2d(1, 4, 5), nn.MaxPool2d(5, ceil_mode=True),
+                                                 nn.Conv2d(4, 6, 3), nn.MaxPool2d(2, dilation=2)]),
+    "pool first": lambda: own_network([nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(1, 4, 5), nn.ReLU()]),
+    "one convolution": lambda: own_network([nn.Conv2d(1, 1, 28)]),
+    "three convolutions": lambda: own_network([nn.Conv2d(1, 3, 5), nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 2, 3)],
+                                              nn.Linear(648, 30), nn.ReLU(inplace=True), nn.Linear(30, 7)),
+    "no convolution": lambda: own_network([]),
+    "ReLU and pool alone": lambda: own_network([nn.ReLU(), nn.MaxPool2d(3)], nn.ReLU())}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_networks_of_ones_own_give_the_logits_and_gradients_of_plain_ones(lth, kind):
+    """Any stride, padding or pool, one network after the other as plain nn.Sequential, in double precision."""
+    torch.manual_seed(1)
+    plains = [OWN[kind]().double() for _ in range(6)]                          # three arms of two trials
+    images = torch.randn(2, 5, 1, 28, 28).double()
+
+    def as_in_a_stack(name, tensor):
+        layer = plains[0].get_submodule(name.rpartition(".")[0])
+        return tensor.reshape(layer.out_features, -1).T if isinstance(layer, nn.Linear) else tensor
+
+    singles = [{name: as_in_a_stack(name, tensor.detach()) for name, tensor in plain.named_parameters()}
+               for plain in plains]
+    weights = {name: torch.stack([single[name] for single in singles]).requires_grad_() for name in singles[0]}
+    logits = lth.forward(plains[0], weights, images)
+    logits.square().sum().backward()
+    for n, plain in enumerate(plains):
+        expected = plain(images[n % 2])
+        torch.testing.assert_close(logits[n], expected, rtol=1e-10, atol=1e-10)
+        expected.square().sum().backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(weights[name].grad[n], as_in_a_stack(name, parameter.grad), rtol=1e-8, atol=1e-8)
+
+
+REFUSED = {
+    "groups": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Conv2d(4, 4, 3, groups=2)]),
+    "convolution without bias": lambda: own_network([nn.Conv2d(1, 4, 5, bias=False)]),
+    "linear without bias": lambda: own_network([], nn.Linear(784, 20, bias=False), nn.ReLU()),
+    "padding mode": lambda: own_network([nn.Conv2d(1, 4, 5, padding=2, padding_mode="reflect")]),
+    "BatchNorm2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.BatchNorm2d(4)]),
+    "BatchNorm1d": lambda: own_network([], nn.Linear(784, 20), nn.BatchNorm1d(20)),
+    "LayerNorm": lambda: own_network([], nn.Linear(784, 20), nn.LayerNorm(20)),
+    "AvgPool2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.AvgPool2d(2)]),
+    "Sigmoid": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Sigmoid()]),
+    "Tanh": lambda: own_network([], nn.Linear(784, 20), nn.Tanh()),
+    "Dropout2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Dropout2d(0.2)]),
+    "Dropout before Flatten": lambda: own_network([nn.Dropout(0.2)]),
+    "AlphaDropout": lambda: own_network([], nn.Linear(784, 20), nn.AlphaDropout(0.2)),
+    "ConvTranspose2d": lambda: own_network([nn.ConvTranspose2d(1, 4, 5)]),
+    "block": lambda: own_network([nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU())])}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_layers_that_a_stack_cannot_train_are_refused_before_any_work(lth, tmp_path, kind):
+    """None of them is passed over, or taken for what it is not."""
+    lth.use(build_network=lambda *_: REFUSED[kind]())
+    with pytest.raises(lth.UserError, match=r"^the layer layer\d, [^\n]*, cannot be trained in a stack: ") as caught:
+        lth.main([f"RESULTS_DIR={tmp_path / 'results'}"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("model", "level", "arms", "rewind_step"), [
+    ("mlp", 0, ("dense",), 15), ("mlp", 5, ("rewind", "reinit"), 0), ("lenet", 5, ("rewind", "reinit"), 0),
+    ("mlp", 5, ("rewind", "shuffle"), 15), ("mlp", 5, ("reinit",), 15), ("own", 5, ("rewind", "reinit"), 0),
+    ("own", 5, ("oneshot", "transfer"), 15)])
+def test_stack_trains_as_plain_networks_do(lth, model, level, arms, rewind_step, some_mnist):
+    """40 steps of four networks, arm after arm of the same trials, against nn layers, unfused AdamW and
+    clip_grad_norm_, one at a time. Those that are rewound to a step take the rest of the steps, with their batches."""
+    steps, batch, trials = 40, 64, 4 // len(arms)
     clip = 1.0 if model == "mlp" else 0.5
-    lth.use(MODEL=model, TRIALS=2, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip)
+    use_model(lth, model)
+    lth.use(TRIALS=trials, DROPOUT=0, BATCH_SIZE=batch, EVAL_EVERY=25, SEED=3, CLIP_NORM=clip, REWIND_STEP=rewind_step,
+            EPOCHS=1, steps_per_epoch=lambda: steps)
+    begin = 0 if arms[-1] in ("dense", "reinit") else rewind_step
     weights, masks = starting_stack(lth, [1, 0.3, 2, 1])
-    trained, evaluations = lth.train(weights, masks, some_mnist, ("rewind", "reinit"), level, steps=steps, bar=BAR)
-    assert [evaluation[0] for evaluation in evaluations] == [25, 40]
+    networks = list(itertools.product(arms, range(trials)))
+    early, trained, evaluations = lth.train(weights, masks, some_mnist, networks, level, BAR)
+    assert [evaluation[0] for evaluation in evaluations] == [begin, 25, 40]
+    assert evaluations[0][1].isnan().all()                                      # no training loss yet
 
     images, labels = some_mnist["train"]
     clipped = []
@@ -84,10 +192,33 @@ def test_stack_trains_as_plain_networks_do(lth, model, level, some_mnist):
         plain = lth.as_plain_network(lth.build_network(model, 0).double(), lth.pick(weights, n))
         layers = lth.weighted_layers(plain)
         plain_masks = {name: mask.T if mask.dim() == 2 else mask for name, mask in lth.pick(masks, n).items()}
+
+        def check(stack, n=n, layers=layers):
+            for name, layer in layers.items():
+                expected = layer.weight.T if isinstance(layer, nn.Linear) else layer.weight
+                torch.testing.assert_close(stack[f"{name}.weight"][n], expected.detach(), rtol=1e-7, atol=1e-9)
+                torch.testing.assert_close(stack[f"{name}.bias"][n].flatten(), layer.bias.detach(), rtol=1e-7,
+                                           atol=1e-9)
+
+        def check_evaluation(evaluation, n=n, plain=plain):
+            _, _, val_loss, val_accuracy, test_accuracy = evaluation
+            with torch.no_grad():
+                validation, test = (plain(some_mnist[part][0]) for part in ("validation", "test"))
+            expected_loss = F.cross_entropy(validation, some_mnist["validation"][1]).item()
+            assert val_loss[n].item() == pytest.approx(expected_loss, rel=1e-5)
+            for logits, part, accuracy in ((validation, "validation", val_accuracy), (test, "test", test_accuracy)):
+                right = (logits.argmax(1) == some_mnist[part][1]).double().mean().item()
+                assert accuracy[n].item() == pytest.approx(100 * right, abs=1e-4)
+
+        check_evaluation(evaluations[0])
         optimizer = torch.optim.AdamW(plain.parameters(), lr=1.2e-3, weight_decay=1e-2)
-        order_generator, losses = draw(3, n % 2, level, 4), []                  # trial n % 2, purpose "order"
+        order_generator, losses = draw(3, n % trials, level, 4), []             # trial n % trials, purpose "order"
         order = [torch.randperm(2_000, generator=order_generator)[:2_000 // batch * batch] for _ in range(2)]
-        for pick in torch.cat(order).split(batch)[:steps]:
+        for step, pick in enumerate(torch.cat(order).split(batch)[:steps]):
+            if step == rewind_step:                             # the weights after so many steps
+                check(early)
+            if step < begin:
+                continue
             optimizer.zero_grad()
             loss = F.cross_entropy(plain(images[pick]), labels[pick])
             loss.backward()
@@ -96,20 +227,34 @@ def test_stack_trains_as_plain_networks_do(lth, model, level, some_mnist):
             clipped.append(bool(nn.utils.clip_grad_norm_(plain.parameters(), clip) > clip))
             optimizer.step()
             losses.append(loss.item())
-        for name, layer in layers.items():
-            expected = layer.weight.T if isinstance(layer, nn.Linear) else layer.weight
-            torch.testing.assert_close(trained[f"{name}.weight"][n], expected.detach(), rtol=1e-7, atol=1e-9)
-            torch.testing.assert_close(trained[f"{name}.bias"][n].flatten(), layer.bias.detach(), rtol=1e-7, atol=1e-9)
-        with torch.no_grad():
-            validation, test = (plain(some_mnist[part][0]) for part in ("validation", "test"))
-        _, train_loss, val_loss, val_accuracy, test_accuracy = evaluations[-1]
-        assert train_loss[n].item() == pytest.approx(np.mean(losses[25:]), rel=1e-5)
-        expected_loss = F.cross_entropy(validation, some_mnist["validation"][1]).item()
-        assert val_loss[n].item() == pytest.approx(expected_loss, rel=1e-5)
-        for logits, part, accuracy in ((validation, "validation", val_accuracy), (test, "test", test_accuracy)):
-            right = (logits.argmax(1) == some_mnist[part][1]).double().mean().item()
-            assert accuracy[n].item() == pytest.approx(100 * right, abs=1e-4)
+        check(trained)
+        assert len(losses) == steps - begin
+        for (_, train_loss, *_), expected_loss in zip(evaluations[1:], (losses[:-15], losses[-15:]), strict=True):
+            assert train_loss[n].item() == pytest.approx(np.mean(expected_loss), rel=1e-5)
+        check_evaluation(evaluations[-1])
     assert 0 < sum(clipped) < len(clipped)                                      # both sides of the clipping were tried
+
+
+def test_late_networks_take_the_batches_and_the_dropout_of_the_last_steps(lth, mnist):
+    """Those rewound to step 7 of 20 see, step by step, what a network that starts at once sees from step 8 on."""
+    data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
+    lth.use(TRIALS=2, BATCH_SIZE=128, EPOCHS=1, steps_per_epoch=lambda: 20, REWIND_STEP=7)
+    weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(2)])
+    seen, forward = [], lth.forward
+
+    def spy(network, weights, images, dropout=()):
+        if dropout:                                             # else it evaluates
+            seen.append((images.clone(), *(factor.clone() for factor in dropout)))
+        return forward(network, weights, images, dropout)
+
+    lth.use(forward=spy)
+    for arm in ("reinit", "rewind"):
+        lth.train(weights, lth.full_masks(weights), data, [(arm, 0), (arm, 1)], level=1, bar=BAR)
+    whole, late = seen[:20], seen[20:]
+    assert len(late) == 13
+    assert all(torch.equal(a, b) for early, later in zip(whole[7:], late, strict=True)
+               for a, b in zip(early, later, strict=True))
+    assert len({step[0].sum().item() for step in whole}) == 20                  # no two steps are alike
 
 
 def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
@@ -147,20 +292,64 @@ def test_evaluation_is_without_dropout(lth, mnist):
         assert accuracy[n].item() == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=0.05)
 
 
-def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist):
+def check_same_bits(one, other) -> None:
+    """What `train` returned, to the bit."""
+    for tensors, others in zip(one[:2], other[:2], strict=True):
+        assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+    for measures, others in zip(one[2], other[2], strict=True):
+        assert measures[0] == others[0]
+        assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(measures[1:], others[1:], strict=True))
+
+
+@pytest.mark.parametrize(("model", "arms"), [("mlp", ("dense",)), ("lenet", ("dense",)), ("mlp", ("rewind", "reinit")),
+                                             ("lenet", ("rewind", "reinit"))])
+def test_a_networks_training_does_not_depend_on_its_neighbours(lth, mnist, model, arms):
     """To the bit, and with dropout: the same trials in a stack of one, of two and of five."""
     data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
+    steps = 20 if model == "mlp" else 10
+    lth.use(MODEL=model, BATCH_SIZE=128, EVAL_EVERY=5, EPOCHS=1, steps_per_epoch=lambda: steps, TRIALS=5)
+    results = {}
+    for trials in ([1], [0, 3], [0, 1, 2, 3, 4]):
+        networks = list(itertools.product(arms, trials))
+        weights = lth.stack([lth.initial_weights(lth.generator("init", 7 * arms.index(arm) + trial))
+                             for arm, trial in networks])
+        early, trained, evaluations = lth.train(weights, lth.full_masks(weights), data, networks, level=0, bar=BAR)
+        for n, network in enumerate(networks):
+            found = (lth.pick(early, n), lth.pick(trained, n),
+                     [(step, *(measure[n] for measure in measures)) for step, *measures in evaluations])
+            check_same_bits(results.setdefault(network, found), found)
+    assert len(results) == 5 * len(arms)
+
+
+def test_an_mlps_training_does_not_depend_on_how_many_arms_there_are(lth, mnist):
+    """To the bit: the same networks as one arm, and as the first of three."""
+    data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
+    lth.use(BATCH_SIZE=128, EVAL_EVERY=10, EPOCHS=1, steps_per_epoch=lambda: 20, TRIALS=2)
     results = []
-    for trials in (1, 2, 5):
-        lth.use(TRIALS=trials, BATCH_SIZE=128, EVAL_EVERY=10)
-        weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in range(trials)])
-        results.append(lth.train(weights, lth.full_masks(weights), data, ("dense",), level=0, steps=20, bar=BAR))
-    five, five_evaluations = results.pop()
-    for trials, (few, evaluations) in enumerate(results, start=1):
-        for name in five:
-            assert torch.equal(few[name], five[name][:trials]), name
-        for measures, more in zip(evaluations, five_evaluations, strict=True):
-            assert all(torch.equal(a, b[:trials]) for a, b in zip(measures[1:], more[1:], strict=True))
+    for arms in (("rewind",), ("rewind", "reinit", "shuffle")):
+        networks = list(itertools.product(arms, range(2)))
+        weights = lth.stack([lth.initial_weights(lth.generator("init", n)) for n in range(len(networks))])
+        *tensors, evaluations = lth.train(weights, lth.full_masks(weights), data, networks, level=1, bar=BAR)
+        results.append([{name: tensor[:2] for name, tensor in stack.items()} for stack in tensors]
+                        + [[(step, *(measure[:2] for measure in measures)) for step, *measures in evaluations]])
+    check_same_bits(*results)
+
+
+def test_no_stack_is_larger_than_stack_size_and_none_is_forgotten(lth):
+    """50 trials of all arms, at once and late: stacks hold arm after arm of the same trials, and start together."""
+    arms = tuple(arm for arm in lth.REGISTRY if arm != "dense")
+    for chosen, rewind_step, level in itertools.product((("rewind",), ("reinit", "rewind"), arms), (0, 100), (0, 1)):
+        lth.use(TRIALS=50, ARMS=chosen, REWIND_STEP=rewind_step)
+        found = list(lth.stacks(level))
+        expected = set(itertools.product(chosen if level else ("dense",), range(50)))
+        assert {network for networks in found for network in networks} == expected
+        assert sum(len(networks) for networks in found) == len(expected)
+        for networks in found:
+            assert 0 < len(networks) <= lth.STACK_SIZE
+            in_stack = list(dict.fromkeys(arm for arm, _ in networks))
+            assert networks == list(itertools.product(in_stack, [trial for arm, trial in networks
+                                                                 if arm == in_stack[0]]))
+            assert len({0 if arm in FROM_STEP_0 else rewind_step for arm in in_stack}) == 1
 
 
 class Tape(TorchDispatchMode):
@@ -185,18 +374,28 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet"])
-def test_a_captured_step_trains_as_the_step_itself(lth, mnist, monkeypatch, model):
-    """To the bit, dropout, clipping and decay included: all that changes from step to step is in the same memory."""
+@pytest.fixture
+def to_train(lth, mnist):
+    """By model, a function that trains two arms of two trials for 20 steps, on few images."""
     data = {name: (images[:1_000], labels[:1_000]) for name, (images, labels) in mnist.items()}
-    lth.use(MODEL=model, TRIALS=2, BATCH_SIZE=50, EVAL_EVERY=8)
-    weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for trial in (0, 1, 0, 1)])
-    masks = lth.prune(weights, lth.full_masks(weights), lth.prune_rates(lth.build_network(model, 0)), "layer")
 
-    def train():
-        return lth.train(lth.masked(weights, masks), masks, data, ("rewind", "reinit"), level=1, steps=20, bar=BAR)
+    def of(model):
+        lth.use(MODEL=model, TRIALS=2, BATCH_SIZE=50, EVAL_EVERY=8, EPOCHS=1, steps_per_epoch=lambda: 20)
+        singles = [lth.initial_weights(lth.generator("init", trial)) for trial in (0, 1, 0, 1)]
+        rates = lth.prune_rates(lth.build_network(model, 0))
+        masks = lth.stack([lth.prune(single, lth.full_masks(single), rates, "layer") for single in singles])
+        networks = list(itertools.product(("rewind", "reinit"), range(2)))
+        return lambda: lth.train(lth.masked(lth.stack(singles), masks), masks, data, networks, level=1, bar=BAR)
 
-    def capture(step):
+    return of
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet"])
+def test_a_captured_step_trains_as_the_step_itself(lth, to_train, monkeypatch, model):
+    """To the bit, dropout, clipping and decay included: all that changes from step to step is in the same memory."""
+    train, replays = to_train(model), []
+
+    def captured(step, _device):
         tape, played = Tape(), []
         with tape:
             step()                                              # to record, the step is taken: the first replay
@@ -209,27 +408,33 @@ def test_a_captured_step_trains_as_the_step_itself(lth, mnist, monkeypatch, mode
         replays.append(played)
         return replay
 
-    replays = []
-    expected, evaluations = train()
-    monkeypatch.setattr(lth, "graphs_work", lambda _: True)
-    monkeypatch.setattr(lth, "capture", capture)
-    captured, captured_evaluations = train()
+    expected = train()
+    monkeypatch.setattr(lth, "captured", captured)
+    check_same_bits(train(), expected)
     assert [len(played) for played in replays] == [17]          # steps 4 to 20
-    assert all(torch.equal(captured[name], tensor) for name, tensor in expected.items())
-    for measures, others in zip(evaluations, captured_evaluations, strict=True):
-        assert measures[0] == others[0]
-        assert all(torch.equal(a, b) for a, b in zip(measures[1:], others[1:], strict=True))
 
 
-def test_where_graphs_cannot_be_captured_a_line_says_so(lth, monkeypatch, capsys):
+def test_where_graphs_cannot_be_captured_a_line_says_so_once_and_training_goes_on(lth, to_train, monkeypatch, capsys):
     def fail():
         raise RuntimeError("CUDA error: operation not permitted\nmore that nobody reads")
 
-    lth.graphs_work.cache_clear()
+    lth.print_once.cache_clear()
+    train, captured, taken = to_train("mlp"), lth.captured, []
+    expected = train()
+    assert capsys.readouterr().out == ""                        # on a CPU there is nothing to capture, nothing to say
     monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
-    assert not lth.graphs_work(torch.device("cuda")) and not lth.graphs_work(torch.device("cuda"))
+
+    def step():
+        taken.append(True)
+
+    assert captured(step, torch.device("cpu")) is step
+    assert capsys.readouterr().out == ""
+    assert captured(step, torch.device("cuda")) is step and captured(step, torch.device("cuda")) is step
+    assert not taken
     said = "CUDA graphs do not work here (CUDA error: operation not permitted): steps are launched one by one\n"
     assert capsys.readouterr().out == said
-    assert not lth.graphs_work(torch.device("cpu"))
-    assert capsys.readouterr().out == ""
-    lth.graphs_work.cache_clear()
+    asked = []
+    monkeypatch.setattr(lth, "captured", lambda step, _: asked.append(step) or captured(step, torch.device("cuda")))
+    check_same_bits(train(), expected)
+    assert len(asked) == 1 and capsys.readouterr().out == ""
+    lth.print_once.cache_clear()

@@ -64,7 +64,7 @@ def test_processes_share_the_trials_and_a_killed_one_goes_on(lth, tmp_path, one_
     check_same_results(folder, tmp_path / "alone")
 
 
-def test_more_processes_than_trials_are_said_not_crashed(lth, small, tmp_path, monkeypatch, capsys):
+def test_more_processes_than_trials_are_said_not_crashed(lth, small, no_figures, tmp_path, monkeypatch, capsys):
     """Three processes for two trials, one after the other in this process; what they would send is passed by hand."""
     run_here(lth, tmp_path / "alone", *ARGUMENTS)
     sent = []
@@ -78,13 +78,11 @@ def test_more_processes_than_trials_are_said_not_crashed(lth, small, tmp_path, m
                            ("gather_object", gather_object)):
         monkeypatch.setattr(torch.distributed, name, stand_in)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)                              # restored when the test ends
-    visible = sys.stdout
     for rank in (2, 1, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        sys.stdout = visible
         run_here(lth, tmp_path / "shared", *ARGUMENTS)
-    assert [len(state["rows"]) for state in sent] == [0, 3, 3]                 # dense, rewind and reinit of a trial
+    # Of a trial dense, rewind and reinit, before the first step and after the last one.
+    assert [len(state["records"]) for state in sent] == [0, 6, 6]
     assert "3 processes share 2 trials, so that some have none; shown is the progress" in capsys.readouterr().out
     check_same_results(tmp_path / "shared", tmp_path / "alone")
