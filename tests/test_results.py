@@ -178,6 +178,10 @@ def test_moments_in_words(lth):
     assert lth.compare_moments(steps, reached, False).endswith(", 2.00 times")
     reached[1, :3] = False
     assert lth.compare_moments(steps, reached, False) == "sooner in 4 of 4, medians 500 and ≥ 1000, ≥ 2.00 times"
+    steps[1, :3] = [1287, 1287, 1287]
+    steps[0] = 400
+    assert lth.compare_moments(steps, reached, False).endswith("medians 400 and ≥ 1287, ≥ 3.21 times")    # 3.2175
+    steps[0], steps[1] = [400, 500, 600, 500], [1000, 900, 1100, 1000]
     reached[0, :3] = False
     assert lth.compare_moments(steps, reached, False) == "sooner in 1 of 4, medians ≥ 500 and ≥ 1000"
 
@@ -361,7 +365,9 @@ def test_summary_has_a_row_per_level(lth, records, networks):
     assert len(accuracy) == 2 + len(LEFT) and len({len(row) for row in accuracy}) == 1
     assert accuracy[0] == ["level", "weights remaining", "rewind", "reinit"]
     assert accuracy[2][2] == accuracy[2][3] == "97.20 (97.00 to 97.40)"
-    assert accuracy[4] == ["2", "21.1 %", "97.60 (97.40 to 97.90): matches", "96.20 (96.00 to 96.40): below"]
+    half = [4.303 * statistics.stdev(differences) / math.sqrt(3) for differences in ([0.4, 0.3, 0.5], [1.0, 0.8, 1.2])]
+    assert accuracy[4] == ["2", "21.1 %", f"97.60 (97.40 to 97.90); +0.40 ± {half[0]:.2f} points, matches",
+                           f"96.20 (96.00 to 96.40); -1.00 ± {half[1]:.2f} points, below"]
     assert table(text, "Early stop: median step")[4] == ["2", "21.1 %", "1000", "1000"]
     assert table(text, "Test accuracy before the first step")[4] == ["2", "21.1 %", "12.00", "12.00"]
     assert table(text, "Test accuracy after the last step")[4] == ["2", "21.1 %", "92.60", "91.20"]
@@ -398,7 +404,8 @@ def test_figures_show_the_records(lth, records):
     """Points and bands of the comparison figure, and the medians of the early-stopping figure, are the records' own."""
     figures = draw(lth, records)
     (axes,) = figures["comparison_plot.png"].axes
-    assert figures["comparison_plot.png"].get_suptitle() == "Lottery tickets on MNIST, LeNet-300-100, 3 trials"
+    title = figures["comparison_plot.png"].get_suptitle()
+    assert title.splitlines()[0] == "Lottery tickets on MNIST, LeNet-300-100, 3 trials"
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert lines["dense network (97.20 %)"].get_ydata() == pytest.approx([97.2, 97.2])
     for label, expected in (("rewound to original weights", [97.2, 97.6, 97.6, 97.6, 97.6, 96.2]),
@@ -448,6 +455,15 @@ def test_many_arms_are_drawn_in_two_panels_each_with_the_ticket(lth):
     assert len({lth.REGISTRY[arm].colour for arm in arms}) == len({lth.REGISTRY[arm].marker for arm in arms}) == 10
     untrained = {line.get_label() for axes in figures["supermask_plot.png"].axes for line in axes.get_lines()}
     assert labels["finetune"] not in untrained
+
+
+def test_an_arm_that_controls_both_is_drawn_in_both_panels(lth, monkeypatch):
+    arms = [arm for arm in lth.REGISTRY if arm != "dense"][:6]
+    own = lth.REGISTRY["signs"]._replace(label="an arm of one's own", controls="both")
+    monkeypatch.setitem(lth.REGISTRY, "own", own)
+    records = make_records({"dense": [97.0] * 3} | {arm: [97.0 + n / 10] * 3 for n, arm in enumerate([*arms, "own"])})
+    for axes in draw(lth, records)["comparison_plot.png"].axes:
+        assert "an arm of one's own" in {line.get_label() for line in axes.get_lines()}
 
 
 def test_mask_figure_shows_the_share_left_at_each_place(lth, networks):
