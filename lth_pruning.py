@@ -111,22 +111,22 @@ def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], check
         for level in range(state["level"] + 1, LEVELS + 1):
             pruned_at = prune_tickets(state, level)
             new = {"level": level, "pruned_at": pruned_at, "records": [], "theta": {}, "trained": {}}
-            for networks in stacks(level):
+            for networks in stacks(level, data["train"][0].device):
                 weights, masks = start_arms(networks, level, pruned_at, state, elsewhere)
                 record(new, networks, masks, *train(weights, masks, data, networks, level, bar))
             finish_level(state, new, checkpoint, bar)
 
 
-def stacks(level: int) -> Iterator[list[tuple[str, int]]]:
+def stacks(level: int, device: torch.device) -> Iterator[list[tuple[str, int]]]:
     """The networks of a level, as (arm, trial), in the groups that train together: arm after arm of the same trials.
 
     The networks of a stack start at the same step. Trials do not depend on each other, so some train after the others:
-    beyond STACK_SIZE networks the caches end and each step of each network takes longer.
+    in larger stacks a CPU's caches end and each step of each network takes longer. What is best on a GPU is unmeasured.
     """
     arms, trials = ARMS if level else ("dense",), own_trials()
     for begin in sorted({first_step(arm) for arm in arms}):
         together = [arm for arm in arms if first_step(arm) == begin]
-        size = max(1, STACK_SIZE // len(together))
+        size = max(1, STACK_SIZE * (1 if device.type == "cpu" else 10) // len(together))
         for part in (trials[first:first + size] for first in range(0, len(trials), size)):
             yield list(itertools.product(together, part))
 
@@ -989,7 +989,7 @@ def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
 # Machinery: nothing below changes a number
 # ======================================================================================================================
 
-STACK_SIZE = 20                       # networks that train together
+STACK_SIZE = 20                       # networks that train together on a CPU
 
 LINE = "\n"                           # f-strings of Python 3.10 may hold no backslash
 OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",

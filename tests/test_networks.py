@@ -342,7 +342,7 @@ def test_no_stack_is_larger_than_stack_size_and_none_is_forgotten(lth):
     arms = tuple(arm for arm in lth.REGISTRY if arm != "dense")
     for chosen, rewind_step, level in itertools.product((("rewind",), ("reinit", "rewind"), arms), (0, 100), (0, 1)):
         lth.use(TRIALS=50, ARMS=chosen, REWIND_STEP=rewind_step)
-        found = list(lth.stacks(level))
+        found = list(lth.stacks(level, torch.device("cpu")))
         expected = set(itertools.product(chosen if level else ("dense",), range(50)))
         assert {network for networks in found for network in networks} == expected
         assert sum(len(networks) for networks in found) == len(expected)
