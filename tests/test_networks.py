@@ -110,7 +110,7 @@ OWN = {
     "pool first": lambda: own_network([nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(1, 4, 5), nn.ReLU()]),
     "one convolution": lambda: own_network([nn.Conv2d(1, 1, 28)]),
     "three convolutions": lambda: own_network([nn.Conv2d(1, 3, 5), nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 2, 3)],
-                                              nn.Linear(648, 30), nn.ReLU(inplace=True), nn.Linear(30, 7)),
+                                              nn.Linear(648, 30), nn.ReLU(), nn.Linear(30, 7)),
     "no convolution": lambda: own_network([]),
     "ReLU and pool alone": lambda: own_network([nn.ReLU(), nn.MaxPool2d(3)], nn.ReLU())}
 
