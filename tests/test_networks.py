@@ -1,6 +1,7 @@
 """The stack of networks must do just what plain PyTorch does with one network at a time."""
 
 import itertools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -154,7 +155,20 @@ REFUSED = {
     "Dropout before Flatten": lambda: own_network([nn.Dropout(0.2)]),
     "AlphaDropout": lambda: own_network([], nn.Linear(784, 20), nn.AlphaDropout(0.2)),
     "ConvTranspose2d": lambda: own_network([nn.ConvTranspose2d(1, 4, 5)]),
+    "in place": lambda: own_network([nn.ReLU(inplace=True)], nn.Linear(784, 20)),
+    "Dropout before a linear layer": lambda: own_network([], nn.Dropout(0.2), nn.Linear(784, 20)),
+    "two Flatten": lambda: own_network([], nn.Flatten(), nn.Linear(784, 20)),
     "block": lambda: own_network([nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU())])}
+
+
+@pytest.mark.parametrize("layers", [
+    {"fc1": nn.Linear(784, 10)}, {"flatten": nn.Flatten(), "fc1": nn.Linear(784, 10)},
+    {"flatten": nn.Flatten(2), "output": nn.Linear(784, 10)},
+    {"pool": nn.MaxPool2d(2, return_indices=True), "flatten": nn.Flatten(), "output": nn.Linear(196, 10)},
+    {"flatten": nn.Flatten(), "output": nn.Linear(784, 10), "relu": nn.ReLU()}], ids=lambda layers: " ".join(layers))
+def test_a_network_needs_one_flatten_and_an_output(lth, layers):
+    with pytest.raises(lth.UserError):
+        lth.check_network(nn.Sequential(OrderedDict(layers)))
 
 
 @pytest.mark.parametrize("kind", REFUSED)
