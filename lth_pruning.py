@@ -861,8 +861,8 @@ def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], column: str, y
                    labels: dict[str, str] | None = None) -> None:
     """An accuracy versus weights remaining of some arms, and a line at one accuracy.
 
-    Curves are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale is the
-    same whichever arms are drawn; networks that have trained before any step (finetune) may leave it.
+    Curves are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale has
+    room for the main arms whether they are drawn or not, so that figures of one of them can be compared.
     """
     axes.axhline(line, color=REGISTRY["dense"].colour, linestyle="--", label=words)
     for arm in arms:
@@ -871,7 +871,8 @@ def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], column: str, y
                      errorbar=("pi", 100) if arm in ("rewind", "reinit") else None,
                      **drawn_as(arm) | ({"label": labels[arm]} if labels else {}))
     scale_weights_remaining(axes, networks)
-    accuracy = networks[column].drop("finetune" if column == "start_accuracy" else [], errors="ignore") / 1e4
+    main = networks[networks.index.get_level_values("arm").isin(["dense", "rewind", "reinit"])]
+    accuracy = pd.concat([main[column], networks.loc[arms, column].groupby(["arm", "level"]).mean()]) / 1e4
     margin = 0.05 * np.ptp(accuracy) + 0.01
     axes.set(ylim=(accuracy.min() - margin, accuracy.max() + margin), ylabel=ylabel)
     if len(arms) > 4:                                                                   # they would hide curves
@@ -887,7 +888,7 @@ def accuracy_plot(networks: pd.DataFrame, arms: list[str], title: str, *what) ->
         f"Controls of the {part}": [arm for arm in arms if arm in main or REGISTRY[arm].controls in (part, "both")]
         for part in ("weights", "mask")}
     words = "lines: means over the trials; bands: lowest to highest"
-    figure, row = new_figure(f"{title}\n{words}", parts, (7.4, 6 if len(parts) == 1 else 7.4))
+    figure, row = new_figure(f"{title}\n{words}", parts, (7.4, 6 if len(parts) == 1 else 7.4), sharey=False)
     for axes, shown in zip(row, parts.values(), strict=True):
         accuracy_panel(axes, networks, shown, *what)
     return figure
@@ -964,7 +965,8 @@ def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -
         axes.set(xlabel="training step", ylabel="test accuracy (%)")
     # The first twentieth of the training may lie below the axis: the rest would be squeezed into a line.
     shown = records[records["level"].isin([0, *levels]) & (records["step"] > records["step"].max() / 20)]
-    row[0].set_ylim(shown["test_accuracy"].min() - 0.5, shown["test_accuracy"].max() + 0.5)
+    shown = shown.groupby(["arm", "level", "step"])["test_accuracy"].mean()
+    row[0].set_ylim(shown.quantile(0.03) - 0.5, shown.max() + 0.5)                  # one weak control may leave, too
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, len(levels)))
     return figure
 
