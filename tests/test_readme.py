@@ -43,3 +43,13 @@ def test_the_table_is_recomputed_from_the_default_runs_records(records):
             control = at_early_stop(records, "reinit", level)
             expected = f"{control.mean():.2f}", interval(ticket - dense), interval(ticket - control)
             assert (reinit, ahead, lead) == expected
+
+
+def test_the_controls_leads_are_recomputed_from_their_records():
+    controls = pd.read_csv(SCRIPT.parent / "results" / "controls" / "metrics.csv")
+    (level,) = controls.loc[controls["weights_remaining"].map("{:.1f}".format) == "7.0", "level"].unique()
+    ticket = at_early_stop(controls, "rewind", level)
+    begin, end = README.index("What the [controls]"), README.index("of all controls](")
+    sentence = " ".join(README[begin:end].split())
+    for arm in {*controls["arm"]} - {"dense", "rewind"}:
+        assert interval(ticket - at_early_stop(controls, arm, level)) in sentence, arm
