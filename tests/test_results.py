@@ -283,6 +283,21 @@ def test_claims_are_not_tested_where_there_is_nothing_to_test(lth, networks):
     assert {cells[-1] for cells in lth.claims(dense)} == {"not tested: no rewind networks"}
 
 
+def test_matching_has_a_margin_of_a_fifth_of_a_point(lth):
+    """0.1 points below the dense networks matches, with an interval above -0.2; and is less accurate all the same."""
+    dense, noise = np.array([97.0, 97.2, 97.4]), np.array([0.02, -0.02, 0.0])
+    networks = lth.measure(make_records({"dense": dense, "rewind": dense - 0.1 + noise}))
+    assert lth.matching(networks, "rewind") == ["matches"] * 5
+    assert claim(lth, networks, "The ticket is as")[-1] == "borne out"
+    assert claim(lth, networks, "The ticket is more")[-1] == "contradicted"
+
+
+def test_a_level_far_from_the_claims_density_is_not_taken_for_it(lth):
+    networks = lth.measure(make_records({"dense": [97.0] * 3, "rewind": [97.5] * 3}, remaining=(100.0, 26.5, 4.6)))
+    assert claim(lth, networks, "The ticket stops")[-1] == "not tested: no level near 21.1 %"
+    assert claim(lth, networks, "The ticket is as")[-1] == "not tested: no level near 3.6 %"
+
+
 def test_questions_are_answered_by_their_kind(lth):
     """Difference: is the ticket ahead? Enough: is the arm as good? No loss (finetune): is the ticket as good?"""
     ticket = np.array([97.0, 97.2, 97.4])
