@@ -4,7 +4,7 @@ When a trained network is pruned, was it the surviving connections, or their ori
 training work? Train dense networks, remove the smallest weights round after round, and start the survivors again:
 from their original initial weights ("rewind"), or from fresh random ones on the very same connections ("reinit").
 
-    python lth_pruning.py                                      the defaults: some five minutes on two CPU cores
+    python lth_pruning.py                                      the defaults: six or seven minutes on two CPU cores
     python lth_pruning.py TRIALS=2 LEVELS=4 PRUNE_RATE=0.5     any constant below can be set for one run
 
 Out come figures, metrics.csv, summary.md and tickets.pt in results/. A run that is stopped resumes where it was.
@@ -250,7 +250,7 @@ def first_step(arm: str) -> int:
 @register("dense network", "0.35", "P", late=False)
 def dense(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
     """Level 0: nothing is pruned yet."""
-    return masked(theta0, masks), masks
+    return rewind(theta0, masks)
 
 
 @register("rewound to original weights", "#0173b2", "o")
@@ -322,7 +322,8 @@ def magnitude(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
 def small(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
     """A narrower dense network with about as many weights: the first units of layers, drawn by INIT for their sizes."""
     survivors = sum(int(mask.sum()) for mask in masks.values())
-    shapes = min((narrower(thousandths / 1000) for thousandths in range(1001)),
+    layers = weighted_layers(build_network(MODEL, DROPOUT))
+    shapes = min((narrower(layers, thousandths / 1000) for thousandths in range(1001)),
                  key=lambda shapes: abs(sum(math.prod(shape) for shape in shapes.values()) - survivors))
     blocks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
     for name, (outputs, inputs, *kernel) in shapes.items():
@@ -330,13 +331,13 @@ def small(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
     return initial_weights(random, shapes), blocks
 
 
-def narrower(scale: float) -> dict[str, tuple[int, ...]]:
+def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str, tuple[int, ...]]:
     """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together.
 
     Hidden layers keep ten units (three before ten classes would be a straw man), convolutions one channel.
     """
     shapes, kept = {}, 1.0                                          # share of the layer before
-    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
+    for name, layer in layers.items():
         outputs, inputs, *kernel = layer.weight.shape
         width = outputs if name == "output" else min(outputs, max(1 if kernel else 10, round(scale * outputs)))
         shapes[f"{name}.weight"], kept = (width, round(inputs * kept), *kernel), width / outputs
