@@ -30,10 +30,8 @@ import hashlib
 import inspect
 import io
 import itertools
-import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
@@ -110,7 +108,7 @@ def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], check
     with progress_bar(state["level"]) as bar:
         for level in range(state["level"] + 1, LEVELS + 1):
             pruned_at = prune_tickets(state, level)
-            new = {"level": level, "pruned_at": pruned_at, "records": [], "theta": {}, "trained": {}}
+            new = state | {"level": level, "pruned_at": pruned_at, "trained": {}, "records": [*state["records"]]}
             for networks in stacks(level, data["train"][0].device):
                 weights, masks = start_arms(networks, level, pruned_at, state, elsewhere)
                 record(new, networks, masks, *train(weights, masks, data, networks, level, bar))
@@ -120,8 +118,8 @@ def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], check
 def stacks(level: int, device: torch.device) -> Iterator[list[tuple[str, int]]]:
     """The networks of a level, as (arm, trial), in the groups that train together: arm after arm of the same trials.
 
-    The networks of a stack start at the same step. Trials do not depend on each other, so some train after the others:
-    in larger stacks a CPU's caches end and each step of each network takes longer. What is best on a GPU is unmeasured.
+    Those of a stack start at the same step. Trials do not depend on each other, so some train after the others: larger
+    stacks leave a CPU's caches, and each network's step takes longer. What is best on a GPU is unmeasured.
     """
     arms, trials = ARMS if level else ("dense",), own_trials()
     for begin in sorted({first_step(arm) for arm in arms}):
@@ -165,10 +163,8 @@ def masked(weights: Weights, masks: Masks) -> Weights:
 
 
 def prune_rates(network: nn.Sequential) -> dict[str, float]:
-    """The share of its survivors that each layer loses per level (section 2 and figure 2 of the paper).
-
-    Half of PRUNE_RATE in the output layer and in convolutions; a global scope compares all layers at one rate.
-    """
+    """The share of its survivors that each layer loses per level (section 2 and figure 2 of the paper): half of it in
+    the output layer and in convolutions; a global scope compares all layers at one rate."""
     rates = {}
     for name, layer in weighted_layers(network).items():
         gentle = PRUNE_SCOPE == "layer" and (name == "output" or isinstance(layer, nn.Conv2d))
@@ -227,7 +223,7 @@ class Arm(NamedTuple):
                                       # arm is as accurate as the ticket; if the ticket is as accurate as this arm
 
 
-REGISTRY = {}                         # the dense networks, and all arms that ARMS may name
+REGISTRY = {"dense": Arm(lambda **given: rewind(**given), "dense network", "0.35", "P", late=False)}    # of all arms
 
 
 def register(*description, seed: int | None = None, **options) -> Callable[[Callable], Callable]:
@@ -245,12 +241,6 @@ def register(*description, seed: int | None = None, **options) -> Callable[[Call
 def first_step(arm: str) -> int:
     """After how many steps of the dense training an arm starts."""
     return REWIND_STEP if REGISTRY[arm].late else 0
-
-
-@register("dense network", "0.35", "P", late=False)
-def dense(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
-    """Level 0: nothing is pruned yet."""
-    return rewind(theta0, masks)
 
 
 @register("rewound to original weights", "#0173b2", "o")
@@ -332,14 +322,12 @@ def small(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
 
 
 def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together.
-
-    Hidden layers keep ten units (three before ten classes would be a straw man), convolutions one channel.
-    """
+    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together."""
     shapes, kept = {}, 1.0                                          # share of the layer before
     for name, layer in layers.items():
         outputs, inputs, *kernel = layer.weight.shape
-        width = outputs if name == "output" else min(outputs, max(1 if kernel else 10, round(scale * outputs)))
+        fewest = 1 if kernel else 10                                # three units before ten classes: a straw man
+        width = outputs if name == "output" else min(outputs, max(fewest, round(scale * outputs)))
         shapes[f"{name}.weight"], kept = (width, round(inputs * kept), *kernel), width / outputs
     return shapes
 
@@ -372,7 +360,7 @@ def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[st
     network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
     trials = list(dict.fromkeys(trial for _, trial in networks))
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    parameters = as_rows(list(weights.values())).to(device)         # (nets, numbers); a copy: theta0 stays as it is
+    parameters = torch.cat([tensor.flatten(1) for tensor in weights.values()], 1).to(device)        # (nets, numbers)
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
     # last bits would depend on how many others are in the stack.
@@ -411,7 +399,8 @@ def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[st
     evaluate_all(begin)
     for step in range(1, end + 1):
         batch.copy_(next(order))
-        draw_dropout(factors, dropout)
+        for factor in factors:
+            factor.bernoulli_(1 - DROPOUT, generator=dropout).div_(1 - DROPOUT)         # the mean stays
         if step <= begin:                                           # taken before, by the dense network
             continue
         if step == begin + 4:                                       # three steps have warmed the libraries up
@@ -459,8 +448,7 @@ def clip_per_network(gradients: Tensor, max_norm: float) -> None:
 @torch.no_grad()
 def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and accuracy in percent, both (nets,), of every network on all of the images."""
-    nets = len(weights["output.bias"])
-    loss, correct = torch.zeros(2, nets, device=images.device)
+    loss, correct = torch.zeros(2, nets := len(weights["output.bias"]), device=images.device)
     for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):
         logits, y = forward(network, weights, x.unsqueeze(0)), y.expand(nets, -1)
         loss += losses(logits, y) * y.shape[1]
@@ -495,10 +483,9 @@ def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
-    """One network's weights drawn by INIT, biases zero; linear weights are (in, out), their biases (1, out).
+    """One network's weights drawn by INIT, biases zero. With a narrower one's shapes these are drawn, the rest is zero.
 
-    With (out, in), PyTorch's own layout, a third of the training time would go into copying transposes. With the shapes
-    of a narrower network its weights are drawn, and all others are zero.
+    Linear weights are (in, out), biases (1, out): PyTorch's (out, in) would cost a third more time, in transposes.
     """
     weights = {}
     for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
@@ -515,10 +502,9 @@ def forward(network: nn.Sequential, weights: Weights, images: Tensor, dropout: I
     """Logits (nets, batch, 10) of a stack's networks, from images (sets, batch, 1, 28, 28).
 
     The networks are a multiple of the sets, arm after arm: network n sees the images of set n % sets. With factors
-    (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none.
-    Raises UserError for a layer that it does not serve.
+    (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none. Which layers
+    it serves is found out by `check_network`.
     """
-    check_network(network)
     layers, dropout = list(network.named_children()), iter(dropout)
     nets, sets = len(weights["output.bias"]), len(images)
     flatten = next(place for place, (_, layer) in enumerate(layers) if isinstance(layer, nn.Flatten))
@@ -562,10 +548,9 @@ def convolve(layers: list[tuple[str, nn.Module]], weights: Weights, x: Tensor) -
 
 
 def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -> list[Tensor]:
-    """Room for the factors (images, units) of each dropout layer, or none where nothing is dropped.
+    """Room for the factors (images, units) of each dropout layer, if any: one draw serves the whole stack.
 
-    They serve the whole stack: drawn for each network they would cost as much time as a matrix product, and a trial's
-    result would depend on how many others run beside it.
+    Drawn for each network they would cost as much as a product, and a trial depend on how many others there are.
     """
     units, factors = 0, []
     for layer in network:
@@ -573,12 +558,6 @@ def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -
         if isinstance(layer, nn.Dropout) and DROPOUT:
             factors.append(torch.empty(images, units, device=device))
     return factors
-
-
-def draw_dropout(factors: list[Tensor], random: torch.Generator) -> None:
-    """Draw the factors anew, in place: 0 for units that are dropped, else such that the mean stays."""
-    for factor in factors:
-        factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
 
 
 # ---- Measures and claims: from the records of metrics.csv and nothing else -------------------------------------------
@@ -621,6 +600,12 @@ def measure(records: pd.DataFrame) -> pd.DataFrame:
         "final_accuracy": last["test_accuracy"], "stop_accuracy": stop["test_accuracy"],
         "stop_step": stop["step"], "stop_step_reached": stop["step"] < min(0.95 * end, too_late),
         "catch_up_step": catch_up.fillna(end), "catch_up_step_reached": catch_up.notna()}).sort_index()
+
+
+def trials_in_words(networks: pd.DataFrame) -> str:
+    """How many trials, as a title says it."""
+    trials = networks.index.unique("trial").size
+    return f"{trials} trial{'s' * (trials > 1)}"
 
 
 def arms_of(networks: pd.DataFrame) -> list[str]:
@@ -698,12 +683,9 @@ def matching(networks: pd.DataFrame, arm: str) -> list[str]:
 
 
 def headline(answers: list[str]) -> tuple[int | None, int | None]:
-    """The last place that "matches" before the closing run of "below", and where that begins; None where there is none.
-    """
-    below = len(answers)
-    while below and answers[below - 1] == "below":
-        below -= 1
-    matches = [place for place in range(below) if answers[place] == "matches"]
+    """The last place that "matches", and where the closing run of "below" begins; None where there is none."""
+    others = [place for place, answer in enumerate(answers) if answer != "below"]
+    matches, below = [place for place in others if answers[place] == "matches"], max(others, default=-1) + 1
     return (matches[-1] if matches else None), (below if below < len(answers) else None)
 
 
@@ -805,7 +787,7 @@ STYLE = sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scal
 def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_layer: Tensor) -> dict[str, Figure]:
     """Every figure that the run's arms, levels and moments give, by file name.
 
-    `first_layer`: the level at which each of its weights was pruned, (trials, places of the input, outputs).
+    `first_layer`: the level at which each of its weights was pruned, by trial.
     """
     arms, dense = arms_of(networks), networks.loc["dense", "stop_accuracy"].mean() / 1e4
     title = f"Lottery tickets on {records['dataset'][0]}, {MODELS[records['model'][0]]}, {trials_in_words(networks)}"
@@ -822,7 +804,8 @@ def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_layer: Ten
         figures["accuracy_plot_reinit.png"] = accuracy_plot(networks, ["reinit"], title, *stop)
     if "transfer" in arms:
         figures["transfer_plot.png"] = transfer_plot(networks, title, *stop)
-    panels = {column: words for column, words in MOMENTS.items() if arms and is_reached_by_most(networks, column)}
+    reached = networks.drop("dense").groupby(["arm", "level"])[[f"{column}_reached" for column in MOMENTS]].mean() > 0.5
+    panels = {column: words for column, words in MOMENTS.items() if reached[f"{column}_reached"].any()}
     if panels:
         figures["early_stopping_plot.png"] = early_stopping_plot(records, networks, panels, title)
     return figures
@@ -918,12 +901,6 @@ MOMENTS = {"stop_step": "early stop: lowest validation loss",
            "catch_up_step": "first step at the dense network's final validation accuracy"}
 
 
-def is_reached_by_most(networks: pd.DataFrame, column: str) -> bool:
-    """Whether at any level the median network of an arm reaches the moment."""
-    reached = networks.drop("dense")[f"{column}_reached"].groupby(["arm", "level"]).mean()
-    return bool((reached > 0.5).any())
-
-
 def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: dict[str, str], title: str) -> Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
     figure, row = new_figure(title, panels.values(), (7.4, 6.2))
@@ -947,16 +924,16 @@ def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: d
     return figure
 
 
-def of_levels(networks: pd.DataFrame, levels: list[int]) -> list[str]:
-    """What panels of single levels are called."""
-    return [f"{remaining(networks)[level]:.1f} % of the weights" for level in levels]
+def shown_levels(networks: pd.DataFrame) -> dict[int, str]:
+    """The levels that have a panel each, and what it is called."""
+    return {level: f"{remaining(networks)[level]:.1f} % of the weights"
+            for level in levels_near(networks, 51.3, 21.1, 7.0, 3.6)}
 
 
 def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -> Figure:
     """Test accuracy while training, at a few sparsities, the dense networks dashed."""
-    arms = arms_of(networks)
-    levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    figure, row = new_figure(title, of_levels(networks, levels), (max(3.8, 7.4 / len(levels)), 5.6))
+    arms, levels = arms_of(networks), shown_levels(networks)
+    figure, row = new_figure(title, levels.values(), (max(3.8, 7.4 / len(levels)), 5.6))
     for level, axes in zip(levels, row, strict=True):
         for arm, at in {"dense": 0, **dict.fromkeys(arms, level)}.items():
             drawn = records[(records["arm"] == arm) & (records["level"] == at)]
@@ -975,11 +952,12 @@ def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -
 def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
     """Share of the first layer's weights that survive at each place of its input, a pixel or a place of the kernel.
 
-    pruned_at: (trials, places, outputs).
+    pruned_at: (trials, pixels, outputs), or of a convolution (trials, outputs, inputs, height, width).
     """
-    levels, side = levels_near(networks, 51.3, 21.1, 7.0, 3.6), math.isqrt(pruned_at.shape[1])
+    pruned_at = pruned_at if pruned_at.ndim == 3 else pruned_at.flatten(3).flatten(1, 2).mT
+    levels, side = shown_levels(networks), math.isqrt(pruned_at.shape[1])
     words = "first layer, each panel with its own scale"
-    figure, row = new_figure(f"{title}\n{words}\n", of_levels(networks, levels), (3.8, 6.2))
+    figure, row = new_figure(f"{title}\n{words}\n", levels.values(), (3.8, 6.2))
     for level, axes in zip(levels, row, strict=True):
         share = 100 * masks_at({"first": pruned_at}, level)["first"].mean((0, 2)).view(side, side).numpy()
         image = axes.imshow(share, cmap="rocket", vmin=0)
@@ -994,37 +972,9 @@ def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
 
 STACK_SIZE = 20                       # networks that train together on a CPU
 
-LINE = "\n"                           # f-strings of Python 3.10 may hold no backslash
-OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "learning_curves.png", "mask_plot.png", "supermask_plot.png", "transfer_plot.png",
-           "tickets.pt", "metrics.csv", "summary.md")
-
 
 class UserError(ValueError):
     """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
-
-
-SERVED = {                            # the layers that a stack can be made of, and how they must be
-    nn.Conv2d: lambda layer: layer.groups == 1 and layer.padding_mode == "zeros" and layer.bias is not None,
-    nn.MaxPool2d: lambda layer: not layer.return_indices,
-    nn.Flatten: lambda layer: (layer.start_dim, layer.end_dim) == (1, -1),
-    nn.Linear: lambda layer: layer.bias is not None,
-    nn.ReLU: lambda layer: not layer.inplace,
-    nn.Dropout: lambda layer: True}
-
-
-def check_network(network: nn.Sequential) -> None:
-    """Raise UserError unless `forward` computes just what the plain network does."""
-    kinds, allowed = [type(layer) for layer in network], {nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Flatten}
-    for name, layer in network.named_children():
-        if type(layer) not in allowed or not SERVED[type(layer)](layer):
-            raise UserError(f"the layer {name}, {' '.join(str(layer).split())}, cannot be trained in a stack: use "
-                            "nn.Conv2d, nn.ReLU and nn.MaxPool2d before one nn.Flatten, and after it nn.Linear, "
-                            "nn.ReLU and, behind a linear layer, nn.Dropout; with biases, no groups, nothing in place.")
-        if type(layer) in (nn.Flatten, nn.Linear):
-            allowed = {nn.Linear, nn.ReLU, nn.Dropout} if type(layer) is nn.Linear else {nn.Linear, nn.ReLU}
-    if nn.Flatten not in kinds or kinds[-1] is not nn.Linear or [*dict(network.named_children())][-1] != "output":
-        raise UserError("the network needs an nn.Flatten, and at its end an nn.Linear called output.")
 
 
 # ---- Tensors of many networks ----------------------------------------------------------------------------------------
@@ -1039,13 +989,8 @@ def pick(tensors: Weights, n: int) -> Weights:
     return {name: tensor[n] for name, tensor in tensors.items()}
 
 
-def as_rows(tensors: list[Tensor]) -> Tensor:
-    """A stack's tensors side by side: all that belongs to a network in one row, (nets, numbers)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
-
-
 def as_views(rows: Tensor, shapes: Weights) -> Weights:
-    """The rows' parts under the names and in the shapes of a stack's tensors; they share the rows' memory."""
+    """Parts of rows (nets, numbers) under the names and in the shapes of a stack's tensors; they share the memory."""
     parts = rows.split([tensor[0].numel() for tensor in shapes.values()], 1)
     return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, shapes.items(), strict=True)}
 
@@ -1057,6 +1002,26 @@ def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
     network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                              for name, tensor in plain.items()}, assign=True)
     return network
+
+
+def check_network(network: nn.Sequential) -> None:
+    """Raise UserError unless `forward` computes, for two networks at once, just what the plain network does."""
+    try:
+        weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
+        weights = {name: tensor + 0.1 * name.endswith(".bias") for name, tensor in weights.items()}
+        images = torch.rand(1, 3, 1, 28, 28, generator=generator("order"))
+        kept = [factor.fill_(1) for factor in dropout_factors(network, 3, images.device)]
+        expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
+        torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
+        sound = not any(getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT
+                        for layer in network)
+    except Exception:                                       # a layer that is not served can fail in any way
+        sound = False
+    if not sound:
+        raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, nn.ReLU and "
+                        "nn.MaxPool2d before one nn.Flatten, and after it nn.Linear, nn.ReLU and, behind a linear "
+                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last one called "
+                        "output.")
 
 
 print_once = functools.cache(print)
@@ -1082,60 +1047,38 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 # ---- Records and progress --------------------------------------------------------------------------------------------
 
+def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
+           evaluations: list[tuple]) -> None:
+    """Add to the new state what a stack gave: rows of metrics.csv, the networks to prune next, and of the dense ones
+    theta, the weights to rewind to."""
+    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
+    percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
+    for n, (arm, trial) in enumerate(networks):
+        network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": new["level"],
+                   "weights_remaining": float(f"{percent[n]:.6g}")}
+        new["records"] += [network | {"step": step} | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
+            ("train_loss", "val_loss", "val_accuracy", "test_accuracy"), measures, strict=True)}
+            for step, *measures in evaluations]
+        if arm in ("dense", "rewind"):
+            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
+        if arm == "dense":
+            new["dense"][trial] = new["trained"][trial]
+            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
+
+
+def records_of(state: dict) -> pd.DataFrame:
+    """The rows of metrics.csv by level, arm, trial and step: stacks and processes leave them in another order."""
+    arms = ["dense", *ARMS]
+    return pd.DataFrame(sorted(state["records"], key=lambda row: (row["level"], arms.index(row["arm"]), row["trial"],
+                                                                  row["step"])))
+
+
 def check_finite(loss: Tensor, networks: list[tuple[str, int]], level: int, step: int) -> None:
     """Raise UserError where a network's loss is not finite."""
     for (arm, trial), finite in zip(networks, loss.isfinite().tolist(), strict=True):
         if not finite:
             raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite by "
                             f"step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
-
-
-def tabulate(networks: list[tuple[str, int]], level: int, masks: Masks, evaluations: list[tuple]) -> list[dict]:
-    """Rows of metrics.csv: one per evaluation of each network (arm, trial) of a stack."""
-    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
-    percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
-    return [{"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": level,
-             "weights_remaining": float(f"{percent[n]:.6g}"), "step": step}
-            | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
-                ("train_loss", "val_loss", "val_accuracy", "test_accuracy"), measures, strict=True)}
-            for n, (arm, trial) in enumerate(networks) for step, *measures in evaluations]
-
-
-def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
-           evaluations: list[tuple]) -> None:
-    """Add to a level what a stack gave: records, the networks to prune next, and theta, the weights to rewind to."""
-    new["records"] += tabulate(networks, new["level"], masks, evaluations)
-    for n, (arm, trial) in enumerate(networks):
-        if arm in ("dense", "rewind"):
-            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
-        if arm == "dense":
-            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
-
-
-def in_order(records: list[dict]) -> list[dict]:
-    """By level, arm, trial and step."""
-    arms = ["dense", *ARMS]
-    return sorted(records, key=lambda row: (row["level"], arms.index(row["arm"]), row["trial"], row["step"]))
-
-
-def finish_level(state: dict, new: dict, checkpoint: Path, bar: tqdm) -> None:
-    """Bring the state up to date with a level, save it, and print a line."""
-    if new["level"] == 0:
-        new["dense"] = new["trained"]
-    else:
-        del new["theta"]
-    new["records"] = in_order(state["records"] + new["records"])
-    with one_at_a_time(checkpoint.parent):
-        write_whole(checkpoint, packed(state | new))
-    state.update(new)                                       # at once: whatever ends the run finds whole levels
-    networks = measure(pd.DataFrame(state["records"])).xs(new["level"], level="level")
-    shown = [networks.loc[arm if new["level"] else "dense"] for arm in (ARMS if LEVELS else ("dense",))]
-    first = networks.loc["rewind" if new["level"] else "dense", "weights_remaining"].iloc[0]
-    left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial)
-    with tqdm.external_write_mode():
-        print(f"{new['level']:5}{first:18.1f} %"
-              + "".join(f"{arm['stop_accuracy'].mean() / 1e4:9.2f} %" for arm in shown) + f"{left / 60:8.1f} min",
-              flush=True)
 
 
 def progress_bar(done: int) -> tqdm:
@@ -1154,6 +1097,20 @@ def progress_bar(done: int) -> tqdm:
     return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
                 file=sys.stderr if visible else open(os.devnull, "w"),
                 bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
+
+
+def finish_level(state: dict, new: dict, checkpoint: Path, bar: tqdm) -> None:
+    """Save the new state, make it the state, and print a line."""
+    with one_at_a_time(checkpoint.parent):
+        write_whole(checkpoint, packed(new))
+    state.update(new)                                       # at once: whatever ends the run finds whole levels
+    level, networks = new["level"], measure(records_of(new)).xs(new["level"], level="level")
+    shown = [networks.loc[arm if level else "dense"] for arm in (ARMS if LEVELS else ("dense",))]
+    first = networks.loc["rewind" if level else "dense", "weights_remaining"].iloc[0]
+    left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial)
+    with tqdm.external_write_mode():
+        print(f"{level:5}{first:18.1f} %" + "".join(f"{arm['stop_accuracy'].mean() / 1e4:9.2f} %" for arm in shown)
+              + f"{left / 60:8.1f} min", flush=True)
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
@@ -1183,7 +1140,7 @@ def gather(state: dict) -> dict:
         return state
     merged = {key: {trial: found for part in states for trial, found in part[key].items()}
               for key in ("theta", "pruned_at")}
-    return state | merged | {"records": in_order(list(itertools.chain(*(part["records"] for part in states))))}
+    return state | merged | {"records": list(itertools.chain(*(part["records"] for part in states)))}
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -1247,9 +1204,20 @@ def beside_script(path: str) -> Path:
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait while another process writes to the folder; a lock that even a killed process gives back."""
+    with contextlib.ExitStack() as at_end:
+        with contextlib.suppress(ImportError, OSError):     # on Windows, and in network folders that know no locks
+            import fcntl
+            at_end.callback(os.close, handle := os.open(folder, os.O_RDONLY))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: nobody ever sees half a file. With the folder locked."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file under another name, then rename it: nobody ever sees half a file. With the folder locked."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)
@@ -1259,73 +1227,39 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed processes left of writing files. With the folder locked: no living one is at it."""
-    for leftover in itertools.chain(*(folder.glob(f".{name}.*") for name in names)):
-        leftover.unlink(missing_ok=True)
-
-
 def packed(tensors: dict) -> bytes:
     """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
-    content = io.BytesIO()
-    torch.save(tensors, content)
+    torch.save(tensors, content := io.BytesIO())
     return content.getvalue()
 
 
 def read_saved(path: Path) -> dict:
-    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors.
-
-    The sums inside are compared first: torch.load would take flipped bits for weights.
-    """
+    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors."""
     content = io.BytesIO(path.read_bytes())
-    if zipfile.ZipFile(content).testzip() is not None:
+    if zipfile.ZipFile(content).testzip() is not None:      # torch.load itself takes flipped bits for weights
         raise zipfile.BadZipFile("wrong sum")
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
-def moment() -> str:
-    """The time, as part of a name that nothing else has."""
-    return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another process writes to the folder; a lock that even a killed process gives back."""
-    try:
-        import fcntl
-    except ImportError:                                     # on Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):                  # a network folder may know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 # ---- Checkpoints and tickets -----------------------------------------------------------------------------------------
-
-def checkpoint_path(device: torch.device) -> Path:
-    """Where an unfinished run keeps its state: each experiment, each version of what computes it, and each process of a
-    run has a file of its own."""
-    settings = experiment()
-    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
-        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
-    version = [script_sum(), torch.__version__, device.type, torch.get_num_threads()]
-    first, second = (hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-                     for what in (settings, version))
-    rank, processes = process()
-    share = f"-{rank + 1}-of-{processes}" if processes > 1 else ""
-    return beside_script(RESULTS_DIR) / f"checkpoint-{first}-{second}{share}.pt"
-
 
 @functools.cache
 def script_sum() -> str:
     """The sha256 sum of this script's bytes when the run began; it may be edited meanwhile."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def checkpoint_path(device: torch.device) -> Path:
+    """Where an unfinished run keeps its state: each experiment, each version of what computes it, and each process of a
+    run has a file of its own."""
+    settings, (rank, processes) = experiment(), process()
+    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
+        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
+    version = [script_sum(), torch.__version__, device.type, torch.get_num_threads()]
+    first, second = (hashlib.sha256(repr(what).encode()).hexdigest()[:12] for what in (settings, version))
+    share = f"-{rank + 1}-of-{processes}" if processes > 1 else ""
+    return beside_script(RESULTS_DIR) / f"checkpoint-{first}-{second}{share}.pt"
 
 
 def load_state(checkpoint: Path) -> dict:
@@ -1351,30 +1285,11 @@ def load_state(checkpoint: Path) -> dict:
     except OSError:
         raise
     except Exception:                                       # a damaged file can fail in any way
-        aside = checkpoint.with_suffix(f".damaged-{moment()}")
-        checkpoint.rename(aside)
+        aside = checkpoint.rename(checkpoint.with_suffix(f".damaged-{now()}"))
         print(f"{checkpoint} was damaged and is now called {aside.name}: this run starts afresh", flush=True)
         return new
     print(f"resuming after level {state['level']} of {LEVELS}, kept in {checkpoint}", flush=True)
     return state
-
-
-def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
-    """One ticket as an ordinary network at its initial weights, with `torch.nn.utils.prune` masks, ready to train.
-
-    Raises UserError for a file that is no tickets.pt, IndexError for a trial or a level that it does not hold.
-    """
-    tickets = load_tickets(path)
-    trials, levels = tickets["constants"]["TRIALS"], tickets["constants"]["LEVELS"]
-    if not (0 <= trial < trials and 0 <= level <= levels):
-        raise IndexError(f"{path} holds trials 0 to {trials - 1} and levels 0 to {levels}")
-    network = build_network(tickets["constants"]["MODEL"], tickets["constants"]["DROPOUT"])
-    network = as_plain_network(network, pick(tickets["theta0"], trial))
-    masks = masks_at(pick(tickets["pruned_at"], trial), level)
-    for name, layer in weighted_layers(network).items():
-        mask = masks[f"{name}.weight"]
-        torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
-    return network
 
 
 def load_tickets(path: str | Path) -> dict:
@@ -1394,6 +1309,23 @@ def load_tickets(path: str | Path) -> dict:
     except Exception as error:                              # a damaged or foreign file can fail in any way
         raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
                         "TICKETS_FROM must be the tickets.pt of a finished run.") from None
+
+
+def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
+    """One ticket as an ordinary network at its initial weights, with `torch.nn.utils.prune` masks, ready to train.
+
+    Raises UserError for a file that is no tickets.pt, IndexError for a trial or a level that it does not hold.
+    """
+    tickets = load_tickets(path)
+    model, dropout, trials, levels = (tickets["constants"][name] for name in ("MODEL", "DROPOUT", "TRIALS", "LEVELS"))
+    if not (0 <= trial < trials and 0 <= level <= levels):
+        raise IndexError(f"{path} holds trials 0 to {trials - 1} and levels 0 to {levels}")
+    network = as_plain_network(build_network(model, dropout), pick(tickets["theta0"], trial))
+    masks = masks_at(pick(tickets["pruned_at"], trial), level)
+    for name, layer in weighted_layers(network).items():
+        mask = masks[f"{name}.weight"]
+        torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
+    return network
 
 
 def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
@@ -1423,25 +1355,26 @@ def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
+OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
+           "learning_curves.png", "mask_plot.png", "supermask_plot.png", "transfer_plot.png",
+           "tickets.pt", "metrics.csv", "summary.md")
+
+
 def write_results(state: dict, notes: list[str], folder: Path, device: torch.device) -> None:
     """Write summary, records and figures of the finished levels, and after the last one the tickets."""
-    records = pd.DataFrame(state["records"])
+    records, trials = records_of(state), sorted(state["pruned_at"])
     networks, metrics = measure(records), records.to_csv(index=False, lineterminator="\n").encode()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    trials, (layer, *_) = range(len(state["pruned_at"])), state["pruned_at"][0]
-    first = torch.stack([state["pruned_at"][trial][layer] for trial in trials])
-    first = first if first.ndim == 3 else first.flatten(3).flatten(1, 2).mT     # a convolution's: (trials, 25, kernels)
-    with one_at_a_time(folder):
+    found = {key: stack([state[kept][trial] for trial in trials])
+             for key, kept in (("theta0", "theta"), ("pruned_at", "pruned_at"))}
+    with one_at_a_time(folder), matplotlib.rc_context(STYLE):
         make_room(folder, metrics)
         write_whole(folder / "summary.md", summary(networks, records, constants(), machine, notes).encode())
         write_whole(folder / "metrics.csv", metrics)
-        with matplotlib.rc_context(STYLE):
-            for name, figure in draw_figures(records, networks, first).items():
-                figure.savefig(image := io.BytesIO(), dpi=150)
-                write_whole(folder / name, image.getvalue())
+        for name, figure in draw_figures(records, networks, next(iter(found["pruned_at"].values()))).items():
+            figure.savefig(image := io.BytesIO(), dpi=150)
+            write_whole(folder / name, image.getvalue())
         if state["level"] == LEVELS:
-            found = {key: stack([state[kept][trial] for trial in trials])
-                     for key, kept in (("theta0", "theta"), ("pruned_at", "pruned_at"))}
             write_whole(folder / "tickets.pt", packed({"constants": constants(), **found}))
 
 
@@ -1451,64 +1384,64 @@ def make_room(folder: Path, metrics: bytes) -> None:
     numbers, words = (path.read_bytes() if path.exists() else b"" for path in (folder / name for name in OUTPUTS[-2:]))
     ours = all(f"\n{name} = {value!r}\n".encode() in words for name, value in experiment().items())
     if there and not (ours and metrics.startswith(numbers)):        # of this run there may be fewer levels
-        previous = folder / "previous" / moment()
+        previous = folder / "previous" / now()
         previous.mkdir(parents=True)
         for path in there:                                          # summary.md last: it tells whose the results are
             path.rename(previous / path.name)
         print(f"the results of an earlier run are now in {previous}", flush=True)
 
 
-def trials_in_words(networks: pd.DataFrame) -> str:
-    """How many trials, as a title says it."""
-    trials = networks.index.unique("trial").size
-    return f"{trials} trial{'s' * (trials > 1)}"
+def now() -> str:
+    """The time, as part of a name that nothing else has."""
+    return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: Iterable[Iterable[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 def tables(networks: pd.DataFrame) -> str:
     """Tables with a row per level and a column per arm."""
-    arms = arms_of(networks) or ["dense"]
-    stop, final, start, steps, reached, own = ({arm: by_level(networks, column, arm) for arm in arms} for column in (
-        "stop_accuracy", "final_accuracy", "start_accuracy", "stop_step", "stop_step_reached", "weights_remaining"))
-    against = {arm: ["", *(f"; {points(lead)}, {answer}" for lead, answer in zip(
-        leads(networks, arm, "dense")[1:], matching(networks, arm), strict=True))] for arm in arms if arm != "dense"}
-
-    def table(head: str, cell: Callable[[str, int], str]) -> str:
-        lines = [[f"{level}" if level else "0 (dense)", f"{percent:.1f} %", *(cell(arm, level) for arm in arms)]
-                 for level, percent in enumerate(remaining(networks))]
-        return f"{head}\n\n{markdown(['level', 'weights remaining', *arms], lines)}\n"
-
-    return "\n".join([
-        table("Test accuracy at early stop, %: mean (lowest to highest); lead over the dense networks, answer",
-              lambda arm, level: "{:.2f} ({:.2f} to {:.2f})".format(
-                  *(f(stop[arm][level]) / 1e4 for f in (np.mean, np.min, np.max))) + against.get(arm, [""])[level]
-              + f" (with {own[arm][level, 0]:.1f} %)" * bool(own[arm][level, 0] != own[arms[0]][level, 0])),
-        table("The ticket's lead over the other arms, at early stop", lambda arm, level:
-              lead_in_words(networks, arm, level) if level and arm != "rewind" else ""),
-        table("Test accuracy before the first step, %: mean",
-              lambda arm, level: f"{start[arm][level].mean() / 1e4:.2f}"),
-        table("Early stop: median step, and in how many trials it was not reached", lambda arm, level:
-              median_step(steps[arm][level], reached[arm][level])
-              + f", {(~reached[arm][level]).sum()} not reached" * (not reached[arm][level].all())),
-        table("Test accuracy after the last step, %: mean",
-              lambda arm, level: f"{final[arm][level].mean() / 1e4:.2f}")])
+    arms, percents = arms_of(networks) or ["dense"], remaining(networks)
+    columns = {}                                                    # a list of columns, one per arm, by what they show
+    for arm in arms:
+        stop, start, final, own = (by_level(networks, column, arm) for column in (
+            "stop_accuracy", "start_accuracy", "final_accuracy", "weights_remaining"))
+        steps, reached = (by_level(networks, column, arm) for column in ("stop_step", "stop_step_reached"))
+        against = ["", *(f"; {points(lead)}, {answer}" for lead, answer in zip(
+            leads(networks, arm, "dense")[1:], matching(networks, arm), strict=True))]
+        for what, cells in {
+            "Test accuracy at early stop, %: mean (lowest to highest); lead over the dense networks, answer": [
+                f"{row.mean() / 1e4:.2f} ({row.min() / 1e4:.2f} to {row.max() / 1e4:.2f}){words}"
+                + f" (with {left:.1f} %)" * bool(left != percent)
+                for row, words, left, percent in zip(stop, against, own[:, 0], percents, strict=True)],
+            "The ticket's lead over the other arms, at early stop": [
+                lead_in_words(networks, arm, level) if level and arm != "rewind" else "" for level in range(len(stop))],
+            "Test accuracy before the first step, %: mean": [f"{row.mean() / 1e4:.2f}" for row in start],
+            "Early stop: median step, and in how many trials it was not reached": [
+                median_step(row, there) + f", {(~there).sum()} not reached" * (not there.all())
+                for row, there in zip(steps, reached, strict=True)],
+            "Test accuracy after the last step, %: mean": [f"{row.mean() / 1e4:.2f}" for row in final],
+        }.items():
+            columns.setdefault(what, []).append(cells)
+    levels = ["0 (dense)", *map(str, range(1, len(percents)))], [f"{percent:.1f} %" for percent in percents]
+    return "\n".join(f"{what}\n\n{markdown(['level', 'weights remaining', *arms], zip(*levels, *cells, strict=True))}\n"
+                     for what, cells in columns.items())
 
 
 def summary(networks: pd.DataFrame, records: pd.DataFrame, settings: dict, machine: str, notes: list[str]) -> str:
     """summary.md: the verdict, questions and claims with their answers, a row per level, constants and versions."""
     arms, finished, near = arms_of(networks) or ["dense"], records["level"].max(), levels_near(networks, 21.1, 7.0, 3.6)
     unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
+    sentences, newline = "\n".join(f"- {sentence}" for sentence in verdict(networks)), "\n"
     asked = markdown(["question", "arm", *(f"at {remaining(networks)[level]:.1f} % of the weights" for level in near)],
                      questions(networks, near))
     versions = ", ".join(f"{library.__name__} {library.__version__}"
                          for library in (torch, torchvision, np, pd, matplotlib, sns))
     return f"""# {records["dataset"][0]}, {MODELS[records["model"][0]]}, {trials_in_words(networks)}: {", ".join(arms)}
 {unfinished * bool(finished < settings["LEVELS"])}
-{LINE.join(f"- {sentence}" for sentence in verdict(networks))}
+{sentences}
 
 *Early stop* is the evaluation with the lowest validation loss. In the last 5 % of the {records["step"].max()} steps, or
 at one of the last two evaluations, it counts as not reached, though its accuracy counts; "≥" marks a median that falls
@@ -1543,11 +1476,11 @@ binomial test at 5 % on the trials decides.
 ## Constants and versions
 
 ```
-{LINE.join(f"{name} = {value!r}" for name, value in settings.items())}
+{newline.join(f"{name} = {value!r}" for name, value in settings.items())}
 ```
 
-{LINE.join([*notes, ""])}Script with the sha256 sum {script_sum()}.
-Python {platform.python_version()}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads.
+{newline.join([*notes, ""])}Script with the sha256 sum {script_sum()}.
+Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads.
 """
 
 
@@ -1614,25 +1547,10 @@ def read_arguments(arguments: list[str]) -> dict:
             value = text
         if name == "ARMS" and isinstance(value, str | list):
             value = tuple(value.split(",") if isinstance(value, str) else value)
-        elif rules()[name] in (str, str | None) and value is not None and not isinstance(value, str):
-            value = text                                    # a folder may be called 2026
+        elif rules()[name] in (str, str | None) and value is not None:
+            value = value if isinstance(value, str) else text           # a folder may be called 2026
         values[name] = value
     return values
-
-
-def check_counts() -> None:
-    """Raise UserError where a level would prune no weights of a layer, or all of them."""
-    network = build_network(MODEL, DROPOUT)
-    rates, left = prune_rates(network), {f"{name}.weight": layer.weight.numel()
-                                         for name, layer in weighted_layers(network).items()}
-    if PRUNE_SCOPE == "global":
-        left = {"all layers": sum(left.values())}
-    for level, name in itertools.product(range(1, LEVELS + 1), left):
-        gone = round(rates.get(name, PRUNE_RATE) * left[name])
-        if not 0 < gone < left[name]:
-            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                            f"{left[name]} weights left in {name} would be pruned.")
-        left[name] -= gone
 
 
 def check_constants() -> None:
@@ -1650,8 +1568,15 @@ def check_constants() -> None:
         raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    check_counts()
-    check_network(build_network(MODEL, DROPOUT))
+    check_network(network := build_network(MODEL, DROPOUT))
+    left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
+    left = left if PRUNE_SCOPE == "layer" else {"all layers": sum(left.values())}
+    for level, name in itertools.product(range(1, LEVELS + 1), left):
+        gone = round(prune_rates(network).get(name, PRUNE_RATE) * left[name])
+        if not 0 < gone < left[name]:
+            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
+                            f"{left[name]} weights left in {name} would be pruned.")
+        left[name] -= gone
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -1686,58 +1611,50 @@ def prepare_results_folder() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def faults_in_one_sentence(device: torch.device) -> Iterator[None]:
-    """What the machine lacks is said as plainly as what the user got wrong. Anything else keeps its traceback."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
-    except (MemoryError, RuntimeError) as error:
-        memory = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|bad_alloc"
-        if not isinstance(error, MemoryError) and not re.search(memory, str(error), re.I):
-            raise
-        raise UserError(f"there is not enough memory on {device}: lower TRIALS, BATCH_SIZE or the number of ARMS. "
-                        "Finished levels are kept.") from None
-
-
 def run() -> None:
     """The experiment with the constants as they stand, from its checkpoint to its results."""
     check_constants()
     (elsewhere, notes), folder, device = tickets_from_elsewhere(), prepare_results_folder(), prepare_device()
     checkpoint, (rank, processes) = checkpoint_path(device), process()
-    with faults_in_one_sentence(device):
-        state = load_state(checkpoint)
-        # Of several processes, the first one speaks for all.
-        with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
-            try:
-                if own_trials():
-                    run_experiment(state, load_dataset(device), elsewhere, checkpoint)
-            finally:                    # whatever ends the run: of the finished levels there are results
-                if processes == 1 and state["records"]:
-                    write_results(state, notes, folder, device)
-        if processes > 1:
-            state = gather(state)
-            if rank == 0:
+    state = load_state(checkpoint)
+    # Of several processes, the first one speaks for all.
+    with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+        try:
+            if own_trials():
+                run_experiment(state, load_dataset(device), elsewhere, checkpoint)
+        finally:                        # whatever ends the run: of the finished levels there are results
+            if processes == 1 and state["records"]:
                 write_results(state, notes, folder, device)
-            torch.distributed.barrier()                     # until the results are there, each keeps its checkpoint
-        checkpoint.unlink(missing_ok=True)
-        with one_at_a_time(folder):
-            remove_leftovers(folder, (checkpoint.name, *OUTPUTS))
+    if processes > 1:
+        state = gather(state)
+        if rank == 0:
+            write_results(state, notes, folder, device)
+        torch.distributed.barrier()                         # until the results are there, each keeps its checkpoint
+    checkpoint.unlink(missing_ok=True)
     if rank == 0:
-        networks = measure(pd.DataFrame(state["records"]))
-        print("\n" + "\n".join(verdict(networks)) + f"\n\nresults: {folder}")
+        print("\n" + "\n".join(verdict(measure(records_of(state)))) + f"\n\nresults: {folder}")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the experiment with some constants set by NAME=VALUE arguments; afterwards they are what they were before."""
+    """Run the experiment with some constants set by NAME=VALUE arguments; afterwards they are what they were before.
+
+    What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback.
+    """
     if {"-h", "--help"} & set(arguments):
         print(__doc__ + "\nConstants:\n" + "\n".join(f"  {name} = {value!r}" for name, value in constants().items()))
         return
     before = {name: globals()[name] for name in rules()}
+    memory = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|bad_alloc"
     try:
         globals().update(read_arguments(arguments))
         run()
+    except OSError as error:
+        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(memory, str(error), re.I):
+            raise
+        raise UserError("there is not enough memory: lower TRIALS, BATCH_SIZE or the number of ARMS. Finished levels "
+                        "are kept.") from None
     finally:
         globals().update(before)
 

@@ -337,7 +337,7 @@ def test_too_little_memory_ends_with_one_sentence(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "not enough memory on cpu: lower TRIALS, BATCH_SIZE or the number of ARMS" in result.stderr
+    assert "there is not enough memory: lower TRIALS, BATCH_SIZE or the number of ARMS" in result.stderr
 
 
 @pytest.mark.parametrize(("error", "memory"), [
@@ -457,7 +457,7 @@ def test_what_a_killed_process_left_of_a_file_is_removed_by_a_run_that_ends(lth,
     run_here(lth, tmp_path, *TINY, "TRIALS=1", "LEVELS=0")
     expected = names(tmp_path)
     lth.use(**lth.read_arguments([*TINY, "TRIALS=1", "LEVELS=0"]))
-    leftovers = [f".{name}.99999" for name in (lth.checkpoint_path(CPU).name, *expected)]
+    leftovers = [f".{name}.unfinished" for name in (lth.checkpoint_path(CPU).name, *expected)]
     for name in leftovers:
         (tmp_path / name).write_bytes(b"half")
     run_here(lth, tmp_path)

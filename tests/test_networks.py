@@ -112,6 +112,8 @@ OWN = {
     "one convolution": lambda: own_network([nn.Conv2d(1, 1, 28)]),
     "three convolutions": lambda: own_network([nn.Conv2d(1, 3, 5), nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 2, 3)],
                                               nn.Linear(648, 30), nn.ReLU(), nn.Linear(30, 7)),
+    "another activation": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Sigmoid()], nn.Linear(2304, 20), nn.Tanh()),
+    "AvgPool2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.AvgPool2d(2)]),
     "no convolution": lambda: own_network([]),
     "ReLU and pool alone": lambda: own_network([nn.ReLU(), nn.MaxPool2d(3)], nn.ReLU())}
 
@@ -119,6 +121,8 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_networks_of_ones_own_give_the_logits_and_gradients_of_plain_ones(lth, kind):
     """Any stride, padding or pool, one network after the other as plain nn.Sequential, in double precision."""
+    lth.use(build_network=lambda *_: OWN[kind]())
+    lth.check_network(lth.build_network("", 0))                                 # is not refused
     torch.manual_seed(1)
     plains = [OWN[kind]().double() for _ in range(6)]                          # three arms of two trials
     images = torch.randn(2, 5, 1, 28, 28).double()
@@ -148,9 +152,9 @@ REFUSED = {
     "BatchNorm2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.BatchNorm2d(4)]),
     "BatchNorm1d": lambda: own_network([], nn.Linear(784, 20), nn.BatchNorm1d(20)),
     "LayerNorm": lambda: own_network([], nn.Linear(784, 20), nn.LayerNorm(20)),
-    "AvgPool2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.AvgPool2d(2)]),
-    "Sigmoid": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Sigmoid()]),
-    "Tanh": lambda: own_network([], nn.Linear(784, 20), nn.Tanh()),
+    "RReLU": lambda: own_network([nn.Conv2d(1, 4, 5), nn.RReLU()]),
+    "Softmax over the images' dimension": lambda: own_network([], nn.Linear(784, 20), nn.Softmax(dim=1)),
+    "Dropout of another rate": lambda: own_network([], nn.Linear(784, 20), nn.Dropout(0.3)),
     "Dropout2d": lambda: own_network([nn.Conv2d(1, 4, 5), nn.Dropout2d(0.2)]),
     "Dropout before Flatten": lambda: own_network([nn.Dropout(0.2)]),
     "AlphaDropout": lambda: own_network([], nn.Linear(784, 20), nn.AlphaDropout(0.2)),
@@ -175,7 +179,7 @@ def test_a_network_needs_one_flatten_and_an_output(lth, layers):
 def test_layers_that_a_stack_cannot_train_are_refused_before_any_work(lth, tmp_path, kind):
     """None of them is passed over, or taken for what it is not."""
     lth.use(build_network=lambda *_: REFUSED[kind]())
-    with pytest.raises(lth.UserError, match=r"^the layer layer\d, [^\n]*, cannot be trained in a stack: ") as caught:
+    with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: ") as caught:
         lth.main([f"RESULTS_DIR={tmp_path / 'results'}"])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "results").exists()
@@ -269,6 +273,11 @@ def test_late_networks_take_the_batches_and_the_dropout_of_the_last_steps(lth, m
     assert all(torch.equal(a, b) for early, later in zip(whole[7:], late, strict=True)
                for a, b in zip(early, later, strict=True))
     assert len({step[0].sum().item() for step in whole}) == 20                  # no two steps are alike
+    for factors in zip(*(step[1:] for step in whole), strict=True):             # of a layer
+        dropped = torch.stack(factors)
+        assert {*dropped.unique().tolist()} == {0, 1.25}
+        assert (dropped == 0).double().mean() == pytest.approx(0.2, abs=0.01)
+        assert len({factor.sum().item() for factor in factors}) > 15
 
 
 def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
@@ -284,7 +293,8 @@ def test_dropout_zeroes_the_given_share_and_keeps_the_mean(lth):
     lth.use(DROPOUT=0.3)
     factors = lth.dropout_factors(network, 4_000, x.device)
     assert [factor.shape for factor in factors] == [(4_000, 300), (4_000, 100)]
-    lth.draw_dropout(factors, torch.Generator().manual_seed(0))
+    for factor in factors:
+        factor.bernoulli_(0.7).div_(0.7)
     dropped = lth.forward(network, weights, x, factors)
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
     assert dropped.std().item() > 0.02

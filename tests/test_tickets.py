@@ -93,7 +93,9 @@ def test_weights_remaining_counts_weights_and_no_biases(lth):
     masks = lth.full_masks(lth.stack([dense_network(lth, seed)[0] for seed in range(2)]))
     assert not [name for name in masks if "bias" in name]
     masks["fc1.weight"][1, :392] = 0
-    rows = lth.tabulate([("rewind", 3), ("reinit", 3)], 1, masks, [(5, *torch.ones(4, 2))])
+    new = {"level": 1, "records": [], "trained": {}}
+    lth.record(new, [("rewind", 3), ("reinit", 3)], masks, {}, {}, [(5, *torch.ones(4, 2))])
+    rows = new["records"]
     assert [(row["arm"], row["trial"], row["step"]) for row in rows] == [("rewind", 3, 5), ("reinit", 3, 5)]
     assert [row["weights_remaining"] for row in rows] == pytest.approx([100, 100 * (1 - 117_600 / 266_200)])
 
