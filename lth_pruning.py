@@ -903,22 +903,17 @@ MOMENTS = {"stop_step": "early stop: lowest validation loss",
 
 def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: dict[str, str], title: str) -> Figure:
     """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    figure, row = new_figure(title, panels.values(), (7.4, 6.2))
-    last, arms = records["step"].max(), arms_of(networks)
+    words = "medians; no mark where most trials did not get there"
+    figure, row = new_figure(f"{title}\n{words}", panels.values(), (7.4, 6.6))
+    last = records["step"].max()
     for axes, column in zip(row, panels, strict=True):
         axes.axhline(last, color=REGISTRY["dense"].colour, linestyle=":", label=f"end of training ({last} steps)")
-        for place, arm in enumerate(arms, start=1):
+        for arm in arms_of(networks):
             drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])
             steps = drawn[column].where(drawn[f"{column}_reached"], np.inf).groupby(drawn["weights_remaining"]).median()
-            missed = np.isinf(steps)
-            style = drawn_as(arm)
-            axes.plot(steps.mask(missed), **style)
-            axes.plot(steps.index[missed], np.full(missed.sum(), last * (1 + 0.05 * place)), linestyle="",
-                      **style | {"label": None, "markerfacecolor": "white", "markeredgewidth": 1.5})
+            axes.plot(steps.mask(np.isinf(steps)), **drawn_as(arm))
         scale_weights_remaining(axes, networks)
-        axes.set_yticks([tick for tick in matplotlib.ticker.MaxNLocator(7).tick_values(0, last) if tick <= last])
-        axes.set(ylim=(0, last * (1.06 + 0.05 * len(arms))), ylabel="training step (median over trials)")
-    row[0].plot([], [], "o", color="0.35", markerfacecolor="white", label="not reached by most trials")
+        axes.set(ylim=(0, 1.06 * last), ylabel="training step")
     # Below the panels: within them, no place is free in every run.
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(panels))
     return figure
