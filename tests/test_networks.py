@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, run_here
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,7 +181,7 @@ def test_layers_that_a_stack_cannot_train_are_refused_before_any_work(lth, tmp_p
     """None of them is passed over, or taken for what it is not."""
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: ") as caught:
-        lth.main([f"RESULTS_DIR={tmp_path / 'results'}"])
+        run_here(lth, tmp_path / "results", *TINY, "LEVELS=0", "DROPOUT=0.2")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "results").exists()
 
