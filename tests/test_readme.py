@@ -1,55 +1,149 @@
-"""The numbers of README.md are those of the committed records."""
+"""The numbers of README.md and results/README.md are those of the committed records.
 
+A line <!-- results/folder --> before a table names the run that its cells are recomputed from; the numbers in sentences
+must be among those of the runs that such lines of their section name. Other people's numbers stand in tables without.
+"""
+
+import functools
+import itertools
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import SCRIPT
 from scipy import stats
 
-README = (SCRIPT.parent / "README.md").read_text()
+PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
+SECTIONS = [(page, text) for page in PAGES for text in re.split(r"^(?=## )", page.read_text(), flags=re.M)]
+TABLES = [(page, *found) for page in PAGES
+          for found in re.findall(r"^<!-- (results\S*) -->\n((?:\|.*\n)+)", page.read_text(), re.M)]
+NOT_REACHED = 10**9
+
+
+@functools.cache
+def run(folder: str) -> pd.DataFrame:
+    """A row per network of a run: test accuracy at early stop, at the end and before the first step, and early stop.
+
+    Early stop is the evaluation with the lowest validation loss after the first step; within the last 5 % of the steps,
+    or at the last two evaluations, its step was not reached. Accuracies are whole ten-thousandths of a percent, so that
+    a mean is rounded here as it is there.
+    """
+    records = pd.read_csv(SCRIPT.parent / folder / "metrics.csv")
+    records["test_accuracy"] = (1e4 * records["test_accuracy"]).round()
+    last, before = sorted(records["step"].unique())[-1:-3:-1]
+    rows = []
+    for (arm, level, trial), found in records.groupby(["arm", "level", "trial"]):
+        after = found[found["train_loss"].notna()]
+        stop = after.loc[after["val_loss"].idxmin()]
+        start = found.loc[found["train_loss"].isna(), "test_accuracy"]
+        rows.append({"arm": arm, "level": level, "trial": trial, "left": f"{stop['weights_remaining']:.1f} %",
+                     "stop": stop["test_accuracy"], "final": after["test_accuracy"].iloc[-1],
+                     "start": start.iloc[0] if len(start) else np.nan,
+                     "step": stop["step"] if stop["step"] < min(0.95 * last, before) else NOT_REACHED + stop["step"]})
+    return pd.DataFrame(rows).set_index(["arm", "level"])
+
+
+def values(networks: pd.DataFrame, arm: str, level: int, column: str = "stop") -> np.ndarray:
+    """By trial; level 0, and the dense networks at any level, are the dense networks."""
+    return networks.loc[(arm, level) if level and arm != "dense" else ("dense", 0), column].to_numpy()
 
 
 def interval(differences) -> str:
-    """Mean and half the 95 % interval by Student's t, as the README writes them."""
+    """Mean and half the 95 % interval by Student's t, as the pages write them."""
     return f"{np.mean(differences):+.2f} ± {stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1):.2f}"
 
 
-@pytest.fixture(scope="module")
-def records():
-    return pd.read_csv(SCRIPT.parent / "results" / "metrics.csv")
+def lead(networks: pd.DataFrame, one: str, other: str, level: int) -> str:
+    return interval((values(networks, one, level) - values(networks, other, level)) / 1e4)
 
 
-def at_early_stop(records: pd.DataFrame, arm: str, level: int) -> np.ndarray:
-    """Test accuracy at the lowest validation loss after the first step, by trial."""
-    found = records[(records["arm"] == arm) & (records["level"] == level) & (records["step"] > 0)]
-    return found.loc[found.groupby("trial")["val_loss"].idxmin(), "test_accuracy"].to_numpy()
+def cell(networks: pd.DataFrame, what: str, level: int) -> str:
+    """What a column's head asks for at a level."""
+    if match := re.fullmatch(r"(\w+) - (\w+)(?:, points)?", what):
+        return lead(networks, *match.groups(), level) if level else ""
+    if match := re.fullmatch(r"(\w+) untrained, %", what):
+        return f"{values(networks, match[1], level, 'start').mean() / 1e4:.2f}"
+    if match := re.fullmatch(r"(\w+), step", what):
+        median = np.median(values(networks, match[1], level, "step"))
+        return f"{median:.0f}" if median < NOT_REACHED / 2 else f"≥ {median - NOT_REACHED:.0f}"
+    return f"{values(networks, what.removesuffix(', %'), level).mean() / 1e4:.2f}"
 
 
-def test_the_table_is_recomputed_from_the_default_runs_records(records):
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
-            if re.match(r"\| \d[\d.]* % ", line)]
-    assert len(rows) == 7
-    dense = at_early_stop(records, "dense", 0)
-    for percent, rewind, reinit, ahead, lead, untrained in rows:
-        left = records["weights_remaining"]
-        (level,) = records.loc[left.map("{:.1f}".format) == f"{float(percent.split()[0]):.1f}", "level"].unique()
-        ticket = at_early_stop(records, "rewind" if level else "dense", level)
-        start = records[(records["arm"] == ("rewind" if level else "dense")) & (records["level"] == level)
-                        & (records["step"] == 0)]
-        assert (rewind, untrained) == (f"{ticket.mean():.2f}", f"{start['test_accuracy'].mean():.2f}")
-        if level:
-            control = at_early_stop(records, "reinit", level)
-            expected = f"{control.mean():.2f}", interval(ticket - dense), interval(ticket - control)
-            assert (reinit, ahead, lead) == expected
+def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
+    """What the ticket's lead says of an arm's question: an interval above 0, or for arms that may be enough, of the
+    other sign, above -0.2."""
+    ahead = (values(networks, "rewind", level) - values(networks, arm, level)) / 1e4
+    sign, margin = {"signs": (-1, 0.2), "transfer": (-1, 0.2), "finetune": (1, 0.2)}.get(arm, (1, 0))
+    half = stats.sem(ahead) * stats.t.ppf(0.975, len(ahead) - 1)
+    low, high = sign * ahead.mean() - half, sign * ahead.mean() + half
+    return "yes" if low > -margin else "no" if high < 0 else "undecided"
 
 
-def test_the_controls_leads_are_recomputed_from_their_records():
-    controls = pd.read_csv(SCRIPT.parent / "results" / "controls" / "metrics.csv")
-    (level,) = controls.loc[controls["weights_remaining"].map("{:.1f}".format) == "7.0", "level"].unique()
-    ticket = at_early_stop(controls, "rewind", level)
-    begin, end = README.index("What the [controls]"), README.index("of all controls](")
-    sentence = " ".join(README[begin:end].split())
-    for arm in {*controls["arm"]} - {"dense", "rewind"}:
-        assert interval(ticket - at_early_stop(controls, arm, level)) in sentence, arm
+def level_of(networks: pd.DataFrame, percent: str) -> int:
+    """The level with so many percent of the weights, of the tickets."""
+    (level,) = {0} if percent == "100 %" else {*networks.loc["rewind"].query("left == @percent").index}
+    return level
+
+
+def test_there_are_tables():
+    assert {page for page, *_ in TABLES} == set(PAGES)
+    assert all((SCRIPT.parent / folder / "metrics.csv").exists() for _, folder, _ in TABLES)
+
+
+@pytest.mark.parametrize(("folder", "text"), [table[1:] for table in TABLES])
+def test_tables_are_recomputed_from_their_records(lth, folder, text):
+    networks = run(folder)
+    head, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows
+    if head[0] == "claim":                                      # as the script decides them, which has tests of its own
+        records = pd.read_csv(SCRIPT.parent / folder / "metrics.csv")
+        assert rows == [[part.strip() for part in cells] for cells in lth.claims(lth.measure(records))]
+    elif head[0] == "question":
+        for _, arm, *cells in rows:
+            for percent, found in zip(head[2:], cells, strict=True):
+                level = level_of(networks, percent.removeprefix("at "))
+                own, tickets = (float(networks.loc[(name, level), "left"].iloc[0][:-2]) for name in
+                                (arm.strip("`"), "rewind"))
+                expected = "not compared" if own > 1.1 * tickets else \
+                    f"{lead(networks, 'rewind', arm.strip('`'), level)}, {answer(networks, arm.strip('`'), level)}"
+                assert found == expected, (arm, percent)
+    else:
+        for percent, *cells in rows:
+            level = level_of(networks, percent.removesuffix(" (dense)"))
+            for what, found in zip(head[1:], cells, strict=True):
+                if level or " - " in what or found:             # one column says what the dense networks do
+                    assert found == cell(networks, what, level), (percent, what)
+
+
+@pytest.mark.parametrize(("page", "text"), SECTIONS, ids=[text[:30] for _, text in SECTIONS])
+def test_the_numbers_of_sentences_are_the_records(page, text):
+    """Means and intervals of points, and accuracies with two decimals and a percent sign."""
+    folders = re.findall(r"^<!-- (results\S*) -->$", text, re.M)
+    sentences = " ".join(line for line in text.splitlines() if not line.startswith("|"))
+    sentences = re.sub(r" +", " ", sentences)
+    leads, accuracies = set(), set()
+    for networks in map(run, folders):
+        arms = networks.index.unique("arm")
+        for level in networks.index.unique("level"):
+            there = [arm for arm in arms if arm == "dense" or (arm, level) in networks.index]
+            leads |= {lead(networks, *pair, level) for pair in itertools.permutations(there, 2)}
+            accuracies |= {f"{values(networks, arm, level, column).mean() / 1e4:.2f}" for arm in there
+                           for column in ("stop", "start", "final")}
+    assert set(re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", sentences)) <= leads, page
+    assert set(re.findall(r"\b(\d\d\.\d\d) %", sentences)) <= accuracies, page
+
+
+def test_the_readmes_ticket_can_be_loaded_after_cloning(lth, mnist):
+    """It keeps as many weights as said, and untrained it already classifies as the records have it."""
+    (call,) = re.findall(r"^ticket = lth_pruning\.(.*?) +#.*?(\d+\.\d) %", PAGES[0].read_text(), re.M)
+    ticket = eval(f"lth.{call[0]}", {"lth": lth}).eval()
+    masks = [layer.weight_mask for layer in lth.weighted_layers(ticket).values()]
+    kept, total = (sum(int(count) for count in counts) for counts in (map(torch.sum, masks), map(torch.numel, masks)))
+    assert f"{100 * kept / total:.1f}" == call[1]
+    images, labels = mnist["test"]
+    with torch.no_grad():
+        accuracy = 100 * (ticket(images).argmax(1) == labels).double().mean().item()
+    records = pd.read_csv(PAGES[1].parent / "metrics.csv").query("arm == 'rewind' and trial == 0 and step == 0")
+    assert accuracy == pytest.approx(records.loc[records["level"] == 12, "test_accuracy"].item(), abs=0.02)
