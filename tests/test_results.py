@@ -508,6 +508,20 @@ def test_transfer_figure_shows_accuracies_and_paired_differences(lth):
     assert (band.y0, band.y1) == pytest.approx((-0.3 - half, max(0, -0.3 + half)), abs=1e-3)
 
 
+def test_titles_are_not_wider_than_their_figures(lth, records):
+    """The longest: Fashion-MNIST, a thousand trials; a figure of one panel is the narrowest."""
+    with matplotlib.rc_context(lth.STYLE), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lth, "trials_in_words", lambda _: "1000 trials")
+        for some in (records, records[records["arm"] != "reinit"]):
+            figures = lth.draw_figures(some.assign(dataset="FashionMNIST"), lth.measure(some), torch.zeros(3, 784, 300))
+            assert len(figures) >= 6
+            for name, figure in figures.items():
+                figure.draw_without_rendering()
+                title = next(text for text in figure.texts if text.get_text() == figure.get_suptitle())
+                box = title.get_window_extent()
+                assert box.x0 >= 0 and box.x1 <= figure.bbox.width, name
+
+
 def test_drawing_leaves_a_notebooks_own_plotting_alone(lth, records):
     before = dict(matplotlib.rcParams), matplotlib.get_backend()
     draw(lth, records)
