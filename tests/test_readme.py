@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SCRIPT
+from conftest import SCRIPT, TINY, run_here
 from scipy import stats
 
 PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
@@ -147,3 +147,15 @@ def test_the_readmes_ticket_can_be_loaded_after_cloning(lth, mnist):
         accuracy = 100 * (ticket(images).argmax(1) == labels).double().mean().item()
     records = pd.read_csv(PAGES[1].parent / "metrics.csv").query("arm == 'rewind' and trial == 0 and step == 0")
     assert accuracy == pytest.approx(records.loc[records["level"] == 12, "test_accuracy"].item(), abs=0.02)
+
+
+def test_the_readmes_own_arm_runs(lth, small, no_figures, tmp_path, monkeypatch):
+    """Its networks start with half the ticket's weights, and so before the first step come to the ticket's answers, but
+    for the biases, which are zero."""
+    (code,) = re.findall(r"^```python\n(@register.*?)^```", PAGES[0].read_text(), re.M | re.S)
+    monkeypatch.setattr(lth, "REGISTRY", dict(lth.REGISTRY))
+    exec(code, dict(vars(lth)))
+    run_here(lth, tmp_path, *TINY, "TRIALS=1", "LEVELS=1", "ARMS=rewind,halved")
+    start = pd.read_csv(tmp_path / "metrics.csv").query("level == 1 and step == 0").set_index("arm")
+    assert start.loc["halved", "test_accuracy"] == start.loc["rewind", "test_accuracy"]
+    assert start.loc["halved", "val_loss"] != start.loc["rewind", "val_loss"]
