@@ -1,7 +1,8 @@
 """The numbers of README.md and results/README.md are those of the committed records.
 
-A line <!-- results/folder --> before a table names the run that its cells are recomputed from; the numbers in sentences
-must be among those of the runs that such lines of their section name. Other people's numbers stand in tables without.
+A line <!-- results/folder --> before a table names the run that its cells are recomputed from; two folders, that arms of
+both are compared, over the trials that they share. The numbers in sentences must be among those of the runs that such
+lines of their section name. Other people's numbers stand in tables without.
 """
 
 import functools
@@ -18,12 +19,23 @@ from scipy import stats
 PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
 SECTIONS = [(page, text) for page in PAGES for text in re.split(r"^(?=## )", page.read_text(), flags=re.M)]
 TABLES = [(page, *found) for page in PAGES
-          for found in re.findall(r"^<!-- (results\S*) -->\n((?:\|.*\n)+)", page.read_text(), re.M)]
+          for found in re.findall(r"^<!-- (results.*) -->\n((?:\|.*\n)+)", page.read_text(), re.M)]
 NOT_REACHED = 10**9
 
 
 @functools.cache
-def run(folder: str) -> pd.DataFrame:
+def run(folders: str) -> pd.DataFrame:
+    """A row per network of a run, or of the trials that two runs share; in these, the networks of both are the same."""
+    runs = [networks_of(folder).set_index("trial", append=True) for folder in folders.split()]
+    for other in runs[1:]:
+        both = runs[0].index.intersection(other.index)
+        assert len(both) and runs[0].loc[both].equals(other.loc[both]), folders
+    trials = set.intersection(*({*networks.index.unique("trial")} for networks in runs))
+    networks = pd.concat(runs).query("trial in @trials")
+    return networks[~networks.index.duplicated()].sort_index().reset_index("trial")
+
+
+def networks_of(folder: str) -> pd.DataFrame:
     """A row per network of a run: test accuracy at early stop, at the end and before the first step, and early stop.
 
     Early stop is the evaluation with the lowest validation loss after the first step; within the last 5 % of the steps,
@@ -89,7 +101,7 @@ def level_of(networks: pd.DataFrame, percent: str) -> int:
 
 def test_there_are_tables():
     assert {page for page, *_ in TABLES} == set(PAGES)
-    assert all((SCRIPT.parent / folder / "metrics.csv").exists() for _, folder, _ in TABLES)
+    assert all((SCRIPT.parent / folder / "metrics.csv").exists() for _, folders, _ in TABLES for folder in folders.split())
 
 
 @pytest.mark.parametrize(("folder", "text"), [table[1:] for table in TABLES])
@@ -120,7 +132,7 @@ def test_tables_are_recomputed_from_their_records(lth, folder, text):
 @pytest.mark.parametrize(("page", "text"), SECTIONS, ids=[text[:30] for _, text in SECTIONS])
 def test_the_numbers_of_sentences_are_the_records(page, text):
     """Means and intervals of points, and accuracies with two decimals and a percent sign."""
-    folders = re.findall(r"^<!-- (results\S*) -->$", text, re.M)
+    folders = re.findall(r"^<!-- (results.*) -->$", text, re.M)
     sentences = " ".join(line for line in text.splitlines() if not line.startswith("|"))
     sentences = re.sub(r" +", " ", sentences)
     leads, accuracies = set(), set()
