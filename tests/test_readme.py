@@ -1,7 +1,7 @@
 """The numbers of README.md and results/README.md are those of the committed records.
 
-A line <!-- results/folder --> before a table names the run that its cells are recomputed from; two folders, that arms of
-both are compared, over the trials that they share. The numbers in sentences must be among those of the runs that such
+A line <!-- results/folder --> before a table names the run that its cells are recomputed from; with two folders, arms of
+both are compared over the trials that they share. The numbers in sentences must be among those of the runs that such
 lines of their section name. Other people's numbers stand in tables without.
 """
 
@@ -31,8 +31,9 @@ def run(folders: str) -> pd.DataFrame:
         both = runs[0].index.intersection(other.index)
         assert len(both) and runs[0].loc[both].equals(other.loc[both]), folders
     trials = set.intersection(*({*networks.index.unique("trial")} for networks in runs))
-    networks = pd.concat(runs).query("trial in @trials")
-    return networks[~networks.index.duplicated()].sort_index().reset_index("trial")
+    networks = pd.concat(runs)
+    networks = networks[~networks.index.duplicated() & networks.index.isin(trials, level="trial")]
+    return networks.sort_index().reset_index("trial")
 
 
 def networks_of(folder: str) -> pd.DataFrame:
@@ -101,7 +102,8 @@ def level_of(networks: pd.DataFrame, percent: str) -> int:
 
 def test_there_are_tables():
     assert {page for page, *_ in TABLES} == set(PAGES)
-    assert all((SCRIPT.parent / folder / "metrics.csv").exists() for _, folders, _ in TABLES for folder in folders.split())
+    assert all((SCRIPT.parent / folder / "metrics.csv").exists()
+               for _, folders, _ in TABLES for folder in folders.split())
 
 
 @pytest.mark.parametrize(("folder", "text"), [table[1:] for table in TABLES])
