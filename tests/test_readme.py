@@ -1,7 +1,7 @@
 """The numbers of README.md and results/README.md are those of the committed records.
 
-A line <!-- results/folder --> before a table names the run that its cells are recomputed from; with two folders, arms of
-both are compared over the trials that they share. The numbers in sentences must be among those of the runs that such
+A line <!-- results/folder --> before a table names the run that its cells are recomputed from; with two folders, arms
+of both are compared over the trials that they share. The numbers in sentences must be among those of the runs that such
 lines of their section name. Other people's numbers stand in tables without.
 """
 
