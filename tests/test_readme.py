@@ -20,6 +20,7 @@ PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
 SECTIONS = [(page, text) for page in PAGES for text in re.split(r"^(?=## )", page.read_text(), flags=re.M)]
 TABLES = [(page, *found) for page in PAGES
           for found in re.findall(r"^<!-- (results.*) -->\n((?:\|.*\n)+)", page.read_text(), re.M)]
+RECIPES = re.findall(r"RESULTS_DIR=results/(\w+)` \|[^|]*\| (.*) \|$", PAGES[0].read_text(), re.M)
 NOT_REACHED = 10**9
 
 
@@ -68,6 +69,13 @@ def interval(differences) -> str:
     return f"{np.mean(differences):+.2f} ± {stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1):.2f}"
 
 
+def bounds(networks: pd.DataFrame, one: str, other: str, level: int) -> tuple[float, float]:
+    """The 95 % interval of one arm's lead over another, in points."""
+    differences = (values(networks, one, level) - values(networks, other, level)) / 1e4
+    half = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
+    return differences.mean() - half, differences.mean() + half
+
+
 def lead(networks: pd.DataFrame, one: str, other: str, level: int) -> str:
     return interval((values(networks, one, level) - values(networks, other, level)) / 1e4)
 
@@ -87,10 +95,8 @@ def cell(networks: pd.DataFrame, what: str, level: int) -> str:
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
     """What the ticket's lead says of an arm's question: an interval above 0, or for arms that may be enough, of the
     other sign, above -0.2."""
-    ahead = (values(networks, "rewind", level) - values(networks, arm, level)) / 1e4
     sign, margin = {"signs": (-1, 0.2), "transfer": (-1, 0.2), "finetune": (1, 0.2)}.get(arm, (1, 0))
-    half = stats.sem(ahead) * stats.t.ppf(0.975, len(ahead) - 1)
-    low, high = sign * ahead.mean() - half, sign * ahead.mean() + half
+    low, high = bounds(networks, *(("rewind", arm) if sign > 0 else (arm, "rewind")), level)
     return "yes" if low > -margin else "no" if high < 0 else "undecided"
 
 
@@ -102,6 +108,7 @@ def level_of(networks: pd.DataFrame, percent: str) -> int:
 
 def test_there_are_tables():
     assert {page for page, *_ in TABLES} == set(PAGES)
+    assert len(RECIPES) == len(re.findall(r"^\|.*RESULTS_DIR=", PAGES[0].read_text(), re.M))
     assert all((SCRIPT.parent / folder / "metrics.csv").exists()
                for _, folders, _ in TABLES for folder in folders.split())
 
@@ -147,6 +154,23 @@ def test_the_numbers_of_sentences_are_the_records(page, text):
                            for column in ("stop", "start", "final")}
     assert set(re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", sentences)) <= leads, page
     assert set(re.findall(r"\b(\d\d\.\d\d) %", sentences)) <= accuracies, page
+
+
+@pytest.mark.parametrize(("folder", "said"), RECIPES)
+def test_what_came_out_of_each_recipe(folder, said):
+    """Whether another task's tickets carry over, down to where tickets match, and what is ahead of them at 21.1 %."""
+    networks = run(f"results/{folder}")
+    if networks["trial"].nunique() < 3:
+        assert said == "two trials decide nothing"
+    elif "transfer" in networks.index.unique("arm"):
+        assert said == "they do not carry over" and answer(networks, "transfer", 7) == "no"
+    else:
+        low = {level: bounds(networks, "rewind", "dense", level)[0] for level in {*networks.loc["rewind"].index}}
+        sparsest = max(level for level in low if low[level] > -0.2)
+        expected = f"tickets match down to {networks.loc[('rewind', sparsest), 'left'].iloc[0]}"
+        ahead = [arm for arm in networks.index.unique("arm") if arm not in ("dense", "rewind")
+                 and bounds(networks, arm, "rewind", 7)[0] > 0]
+        assert said == expected + "".join(f"; at 21.1 % only `{arm}` is ahead of them" for arm in ahead)
 
 
 def test_the_readmes_ticket_can_be_loaded_after_cloning(lth, mnist):
