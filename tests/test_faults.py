@@ -53,7 +53,7 @@ def longer_run(tmp_path_factory):
 def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(uninterrupted, lth, tmp_path, capsys):
     """SIGKILL leaves no time to tidy up. It comes while a run works, saves, or draws its figures."""
     finished, kills = [], 0
-    while kills < 2:
+    while kills < 3:
         process = start(tmp_path, *LONGER)
         line = process.stdout.readline()                                        # "resuming", or the table's title
         finished += re.findall(r"resuming after level (\d) of 3", line)
