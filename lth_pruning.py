@@ -7,11 +7,10 @@ from their original initial weights ("rewind"), or from fresh random ones on the
     python lth_pruning.py                                      the defaults: six or seven minutes on two CPU cores
     python lth_pruning.py TRIALS=2 LEVELS=4 PRUNE_RATE=0.5     any constant below can be set for one run
 
-Out come figures, metrics.csv, summary.md and tickets.pt in results/. A run that is stopped resumes where it was.
+Out come figures, metrics.csv, summary.md and tickets.pt in results/. The same command again goes on after the last
+finished level; when none is left, it only draws again.
 
-Measured with the defaults over 5 trials, test accuracy at early stop: dense networks 97.36 %, rewound tickets 98.09 %
-with 21.1 % of the weights and 97.57 % with 3.6 %, re-initialised ones 96.88 % and 94.83 %. A ticket that has not been
-trained at all, original weights merely pruned, reaches 93.19 % with 21.1 %.
+@@HEADLINE@@
 """
 
 # /// script
@@ -20,27 +19,37 @@ trained at all, original weights merely pruned, reaches 93.19 % with 21.1 %.
 #                 "tqdm>=4.66"]
 # ///
 
+import os
+import sys
+
+# Both are read once, when PyTorch is loaded. Threads spin while they wait for each other: limited so, two runs at once
+# on two cores take 1.6 times as long as one, not four times. Large memory pages save some 5 %.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if __name__ == "__main__" and "IPython" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)          # a notebook's, which may not be installed: this program draws to files
+
 import ast
 import contextlib
 import datetime
 import difflib
-import functools
-import gzip
 import hashlib
-import inspect
 import io
 import itertools
 import math
-import os
 import re
 import signal
-import sys
+import socket
 import tempfile
+import textwrap
+import threading
+import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -49,160 +58,406 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
-from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
 
 # ---- Constants: edit them here, or set them for one run as NAME=VALUE arguments --------------------------------------
 
 # What is trained, and on what
-DATASET: Literal["MNIST", "FashionMNIST", "KMNIST"] = "MNIST"     # 28x28 grey images of 10 classes
-PIXELS: Literal["standardised", "unit_interval", "unit_length"] = "standardised"    # mean 0, deviation 1; 0 to 1; or
-                                      # each image by its own norm, the scale of the pixels in the paper's code
-MODEL: Literal["mlp", "lenet"] = "mlp"                            # 784-300-100-10 (LeNet-300-100), or LeNet-5
-INIT: Literal["kaiming_normal", "xavier_normal"] = "kaiming_normal"     # the paper uses Glorot's; biases start at zero
+DATASET: str = "MNIST"                # or "FashionMNIST": 28x28 grey images of 10 classes
+PIXELS: str = "standardised"          # mean 0, deviation 1; or "unit_interval", 0 to 1; or "unit_length", each image by
+                                      # its own norm, the scale of the pixels in the paper's code
+MODEL: str = "mlp"                    # 784-300-100-10 (LeNet-300-100); or "lenet" (LeNet-5)
+INIT: str = "kaiming_normal"          # or "xavier_normal", Glorot's, which the paper uses; biases start at zero
 DROPOUT: float = 0.2                  # after each hidden fully connected layer; 0 switches it off
 
 # The experiment
-ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; all arms are in the section on tickets
-TRIALS: int = 5                       # initialisations, each with its own data order
+ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; all of them stand in ARM_TABLE
+TRIALS: int = 5                       # initialisations, each with its own data order and dropout
 LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
 PRUNE_RATE: float = 0.2               # of the surviving weights, per level; half of it in convolutions and the output
-PRUNE_SCOPE: Literal["layer", "global"] = "layer"     # smallest weights layer by layer, or over all layers at one rate
+PRUNE_SCOPE: str = "layer"            # smallest weights layer by layer; or "global", over all layers at one rate
 REWIND_STEP: int = 0                  # rewind to the weights after this many steps, and train the remaining ones
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
 SEED: int = 42                        # one seed, one result
 
 # Training: the same for every network, dense or pruned
+VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
 EPOCHS: int = 3
 BATCH_SIZE: int = 128
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
 CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no clipping
-EVAL_EVERY: int = 200                 # steps between evaluations; there is always one after the last step
+EVAL_EVERY: int = 200                 # steps between evaluations; others stand in `evaluation_steps`
 
-# Where
+# What is said of it, and where
+MATCHING_MARGIN: float = 0.2          # points below the dense networks that still count as matching
 DATA_DIR: str = "data"                # relative paths start beside this script
 RESULTS_DIR: str = "results"
 DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
 
-VALIDATION_SIZE = 5_000               # of the 60,000 training images, as in the paper
-MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching
-
-Weights = dict[str, Tensor]           # "fc1.weight" -> tensor; a stack's tensors have a leading nets dimension
-Masks = dict[str, Tensor]             # prunable weights only; 1 where a weight remains, 0 where it was pruned
+Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
+Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned
+Stack = dict[str, Tensor]             # weights or masks of many networks: each tensor has a leading nets dimension
+Network = tuple[str, int]             # which one it is: arm and trial
 Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test" -> images (n, 1, 28, 28), labels (n,)
+
+
+class UserError(ValueError):
+    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
 
 
 # ---- Experiment ------------------------------------------------------------------------------------------------------
 
-def run_experiment(state: dict, data: Dataset, elsewhere: dict[int, dict], checkpoint: Path) -> None:
-    """Train the dense networks, then prune the rewound ones level by level and start every arm from the new masks.
+@dataclass
+class State:
+    """What a run has found so far, by trial; it is saved after every level."""
 
-    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state, see `load_state`, is
-    brought up to date and saved after each level. `elsewhere`: the tickets of another run, by trial.
+    level: int = -1                                                     # the last one that is finished
+    theta: dict[int, Weights] = field(default_factory=dict)             # weights to rewind to, those of REWIND_STEP
+    pruned_at: dict[int, Masks] = field(default_factory=dict)           # the level that pruned each weight; 0: none did
+    dense: dict[int, Weights] = field(default_factory=dict)             # the dense networks as trained
+    trained: dict[int, Weights] = field(default_factory=dict)           # networks of the last level, to be pruned next
+    records: list[dict] = field(default_factory=list)                   # rows of metrics.csv: one for each evaluation
+
+
+def run_experiment(state: State, data: Dataset, elsewhere: dict[int, tuple[Weights, Masks]],
+                   save: Callable[[State], None]) -> None:
+    """Train the dense networks, then prune the rewind networks level by level and start every arm from the new masks.
+
+    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state is brought up to date, and
+    `save` called with it, after each level. `elsewhere`: theta0 and pruned_at of another run's tickets, by trial.
     """
-    with progress_bar(state["level"]) as bar:
-        for level in range(state["level"] + 1, LEVELS + 1):
-            pruned_at = prune_tickets(state, level)
-            new = state | {"level": level, "pruned_at": pruned_at, "trained": {}, "records": [*state["records"]]}
+    with progress_bar(state.level) as bar:
+        for level in range(state.level + 1, LEVELS + 1):
+            if level > 0:
+                prune_tickets(state, level)
+
+            found = State(level)
             for networks in stacks(level, data["train"][0].device):
-                weights, masks = start_arms(networks, level, pruned_at, state, elsewhere)
-                record(new, networks, masks, *train(weights, masks, data, networks, level, bar))
-            finish_level(state, new, checkpoint, bar)
+                weights, masks = start_networks(networks, level, state, elsewhere)
+                early, trained, evaluations = train(weights, masks, data, networks, level, bar)
+                record(found, networks, masks, early, trained, evaluations)
+
+            merge(state, gather(found))
+            save(state)
+            report_level(state, bar)
 
 
-def stacks(level: int, device: torch.device) -> Iterator[list[tuple[str, int]]]:
-    """The networks of a level, as (arm, trial), in the groups that train together: arm after arm of the same trials.
+def prune_tickets(state: State, level: int) -> None:
+    """Enter into the state what this level prunes: the smallest weights that the level before trained."""
+    rates = prune_rates(build_network(MODEL, DROPOUT))
+    for trial, pruned_at in state.pruned_at.items():
+        before = masks_at(pruned_at, level - 1)
+        after = prune(state.trained[trial], before, rates, PRUNE_SCOPE)
+        for name, levels in pruned_at.items():
+            levels[before[name] > after[name]] = level
 
-    Those of a stack start at the same step. Trials do not depend on each other, so some train after the others: larger
-    stacks leave a CPU's caches, and each network's step takes longer. What is best on a GPU is unmeasured.
+
+def stacks(level: int, device: torch.device) -> Iterator[list[Network]]:
+    """The networks of a level in the groups that train together: all arms of a trial, trial after trial.
+
+    Those of a stack start at the same step. A CPU's caches hold about 20 networks, more would slow each other down;
+    on a GPU they share the cost of launching each operation.
     """
-    arms, trials = ARMS if level else ("dense",), own_trials()
+    most = 20 if device.type == "cpu" else 200
+    arms = ARMS if level > 0 else ("dense",)
+    trials = own_trials()
     for begin in sorted({first_step(arm) for arm in arms}):
         together = [arm for arm in arms if first_step(arm) == begin]
-        size = max(1, STACK_SIZE * (1 if device.type == "cpu" else 10) // len(together))
-        for part in (trials[first:first + size] for first in range(0, len(trials), size)):
-            yield list(itertools.product(together, part))
+        size = max(1, most // len(together))
+        for first in range(0, len(trials), size):
+            yield [(arm, trial) for trial in trials[first:first + size] for arm in together]
 
 
-def start_arms(networks: list[tuple[str, int]], level: int, pruned_at: dict[int, Masks], state: dict,
-               elsewhere: dict[int, dict]) -> tuple[Weights, Masks]:
-    """The stack that these networks (arm, trial) start from."""
-    starts = [REGISTRY[arm].start(
-        theta0=state["theta"][trial] if first_step(arm) == REWIND_STEP else initial_weights(generator("init", trial)),
-        masks=masks_at(pruned_at[trial], level), dense=state["dense"].get(trial),
-        trained=state["trained"].get(trial), **{"random": generator(arm, trial, level)} if arm in PURPOSES else {},
-        ticket=elsewhere and (elsewhere[trial]["theta0"], masks_at(elsewhere[trial]["pruned_at"], level)))
-        for arm, trial in networks]
+def start_networks(networks: list[Network], level: int, state: State,
+                   elsewhere: dict[int, tuple[Weights, Masks]]) -> tuple[Stack, Stack]:
+    """The weights and masks that these networks start from."""
+    starts = []
+    for arm, trial in networks:
+        theta0 = initial_weights(generator("init", trial))
+        if level == 0:
+            starts.append((theta0, full_masks(theta0)))
+            continue
+
+        if first_step(arm) == REWIND_STEP:
+            theta0 = state.theta[trial]
+        ticket = None
+        if trial in elsewhere:
+            weights, pruned_at = elsewhere[trial]
+            ticket = weights, masks_at(pruned_at, level)
+        given = Given(theta0, masks_at(state.pruned_at[trial], level), state.dense[trial], state.trained[trial], ticket,
+                      generator(f"arm {arm}", trial, level))
+        starts.append(ARM_TABLE[arm].start(given))
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
 
-PURPOSES = {"init": 0, "split": 3, "order": 4, "dropout": 5}     # arms that draw random numbers add theirs
+def record(found: State, networks: list[Network], masks: Stack, early: Stack, trained: Stack,
+           evaluations: list[tuple]) -> None:
+    """Enter what the training of a stack gave, network by network."""
+    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
+    percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
+    columns = ("train_loss", "val_loss", "val_accuracy", "test_accuracy")
+    for n, (arm, trial) in enumerate(networks):
+        network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": found.level,
+                   "weights_remaining": float(f"{percent[n]:.6g}")}
+        for step, *measures in evaluations:
+            numbers = [float(f"{measure[n]:.6g}") for measure in measures]
+            found.records.append(network | {"step": step} | dict(zip(columns, numbers, strict=True)))
+        # Copies: views would take the memory of the whole stack along.
+        if arm in ("dense", "rewind"):
+            found.trained[trial] = copied(pick(trained, n))
+        if arm == "dense":
+            found.dense[trial] = found.trained[trial]
+            found.theta[trial] = copied(pick(early, n))
+            found.pruned_at[trial] = {name: torch.zeros_like(mask, dtype=torch.uint8)
+                                      for name, mask in pick(masks, n).items()}
+
+
+def merge(state: State, parts: list[State]) -> None:
+    """Bring the state up to date with what was found at a level, by each of several processes."""
+    arms = ["dense", *ARMS]
+    records = [row for part in parts for row in part.records]
+    state.records += sorted(records, key=lambda row: (arms.index(row["arm"]), row["trial"], row["step"]))
+    state.level = parts[0].level
+    state.trained = {}
+    for part in parts:
+        state.trained |= part.trained
+        state.dense |= part.dense
+        state.theta |= part.theta
+        state.pruned_at |= part.pruned_at
+
+
+# A number for each purpose, and for each arm: its part of the seed
+PURPOSES = {"init": 0, "reinit": 1, "shuffle": 2, "split": 3, "order": 4, "dropout": 5, "permute": 6, "signs": 7,
+            "small": 8, "rewind": 9, "finetune": 10, "oneshot": 11, "magnitude": 12, "transfer": 13, "check": 14}
 
 
 def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
     """Random numbers for one purpose, whatever else is drawn: trial k is the same among 5 trials and among 50."""
-    seeds = np.random.SeedSequence([SEED, trial, level, PURPOSES[purpose]])
-    return torch.Generator(device).manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    seeds = np.random.SeedSequence([SEED, trial, level, PURPOSES[purpose.removeprefix("arm ")]])
+    seed = int(seeds.generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+# sha256 of the contents, all bytes: training images, their labels, test images, their labels
+CONTENTS = {"MNIST": "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+            "FashionMNIST": "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"}
+
+
+def load_dataset(device: torch.device) -> Dataset:
+    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
+
+    The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
+    """
+    (images, labels), test = read_images()
+    order = torch.randperm(len(images), generator=generator("split"))
+    held_out = order[:VALIDATION_SIZE]
+    rest = order[VALIDATION_SIZE:]
+    splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]), "test": test}
+    deviation, mean = torch.std_mean(splits["train"][0] / 255)
+
+    data = {}
+    for name, (pixels, classes) in splits.items():
+        if PIXELS == "standardised":
+            scaled = (pixels / 255 - mean) / deviation
+        elif PIXELS == "unit_interval":
+            scaled = pixels / 255
+        else:
+            scaled = F.normalize(pixels.float(), dim=(1, 2))                            # of unit length
+        data[name] = (scaled.unsqueeze(1).to(device), classes.to(device))
+    return data
+
+
+def read_images() -> list[tuple[Tensor, Tensor]]:
+    """Images (n, 28, 28), bytes, and labels (n,): 60,000 to train and 10,000 to test.
+
+    Raises UserError where torchvision can neither find, unpack nor download them, or where they are not DATASET's:
+    it takes unpacked files as they are, another data set's or damaged ones too.
+    """
+    folder = beside_script(DATA_DIR)
+    raw = folder / DATASET / "raw"
+    there = {path.name.removesuffix(".gz") for path in raw.glob("*-ubyte*")}
+    if len(there) < 4:
+        say(f"downloading {DATASET} into {raw}")
+    source = getattr(torchvision.datasets, DATASET)
+    try:
+        with one_at_a_time(folder):
+            parts = [source(folder, train=train, download=True) for train in (True, False)]
+    except Exception as error:                              # it fails in many ways; the last line says most
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"{DATASET} could not be read in {raw} ({reason}): put its four archives there and remove "
+                        "what lies unpacked, or set DATA_DIR to a folder that can be written to.") from None
+
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.data.numpy().tobytes())
+        digest.update(part.targets.byte().numpy().tobytes())
+    if digest.hexdigest() != CONTENTS[DATASET]:
+        raise UserError(f"what lies unpacked in {raw} is not {DATASET}, or is damaged: remove the files without .gz "
+                        "there, so that they are unpacked or downloaded again.")
+    return [(part.data, part.targets) for part in parts]
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+
+def build_network(model: str, dropout: float) -> nn.Sequential:
+    """One plain network. Its layers are also the plan by which `forward` runs a whole stack of them.
+
+    Its name is what figures and tables call it. Raises UserError for a model that is not here.
+    """
+    if model == "mlp":
+        network = nn.Sequential(OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
+            fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
+            output=nn.Linear(100, 10)))
+        network.name = "LeNet-300-100"
+        assert count_weights(network) == 266_200            # as in figure 2 of the paper
+    elif model == "lenet":
+        network = nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
+            conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
+            fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
+            output=nn.Linear(84, 10)))
+        network.name = "LeNet-5"
+        assert count_weights(network) == 61_470             # LeCun et al. 1998, its feature maps fully connected
+    else:
+        raise UserError(f"MODEL must be mlp or lenet, not {model!r}.")
+    return network
+
+
+def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers that have weights, by name, from the input to the output."""
+    return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def count_weights(network: nn.Sequential) -> int:
+    """How many weights can be pruned."""
+    return sum(layer.weight.numel() for layer in weighted_layers(network).values())
+
+
+def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
+    """One network's weights drawn by INIT, biases zero. With a narrower one's shapes these are drawn, the rest zero."""
+    draw = {"kaiming_normal": nn.init.kaiming_normal_, "xavier_normal": nn.init.xavier_normal_}[INIT]
+    weights = {}
+    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
+        weight = torch.zeros(layer.weight.shape)
+        shape = weight.shape if shapes is None else shapes[f"{name}.weight"]
+        weight[:shape[0], :shape[1]] = draw(torch.empty(shape), generator=random)
+        if isinstance(layer, nn.Linear):                    # (in, out) and (1, out)
+            weights[f"{name}.weight"] = weight.T.contiguous()
+            weights[f"{name}.bias"] = torch.zeros(1, layer.out_features)
+        else:
+            weights[f"{name}.weight"] = weight
+            weights[f"{name}.bias"] = torch.zeros(layer.bias.shape)
+    return weights
+
+
+def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
+    """Logits (nets, batch, 10) of a stack's networks, from images (sets, batch, 1, 28, 28).
+
+    The networks are a multiple of the sets, those that see one set side by side. With factors (sets, units, batch), one
+    for each dropout layer, units are dropped; without any, as when evaluating, none. Which layers it serves is found
+    out by `check_network`.
+    """
+    layers = list(network.named_children())
+    flatten = next(place for place, (_, layer) in enumerate(layers) if isinstance(layer, nn.Flatten))
+    nets = len(weights["output.bias"])
+    sets = len(images)
+    arms = nets // sets
+
+    if flatten == 0:
+        x = images.flatten(2).repeat_interleave(arms, 0)                                # (nets, batch, units)
+    else:
+        x = torch.cat([convolve(layers[:flatten], pick(weights, slice(n * arms, (n + 1) * arms)), images[n])
+                       for n in range(sets)])
+    dropout = iter(dropout)
+    for name, layer in layers[flatten + 1:]:
+        if isinstance(layer, nn.Linear):
+            x = linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        elif isinstance(layer, nn.Dropout):
+            factor = next(dropout, None)
+            if factor is not None:
+                x = x * factor
+        else:
+            x = layer(x)                                                                # ReLU
+    return x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a linear layer of every network makes of its own (nets, in, batch): (nets, out, batch)."""
+    operands = [bias, x, weight]
+    if len(weight) > 1:
+        return torch.baddbmm(*operands)
+    # A lone product is rounded otherwise than one of several: it gets a twin.
+    return torch.baddbmm(*(operand.expand(2, -1, -1) for operand in operands))[:1]
+
+
+def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> Tensor:
+    """What the layers before nn.Flatten make of images (batch, 1, 28, 28) for all arms: (arms, batch, units).
+
+    All arms see the same images, so their kernels (arms, out, in, height, width) go into one convolution, with a group
+    per arm from the second on. In channels-last memory this takes half the time of arm after arm.
+    """
+    # One channel is contiguous in both layouts; oneDNN takes the fast path only if the strides say channels last.
+    x = x.as_strided(x.shape, (784, 1, 28, 1), x.storage_offset())
+    groups = 1
+    for name, layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            kernels = weights[f"{name}.weight"].flatten(0, 1)
+            bias = weights[f"{name}.bias"].flatten()
+            x = F.conv2d(x, kernels, bias, layer.stride, layer.padding, layer.dilation, groups)
+            groups = len(weights[f"{name}.weight"])
+        else:
+            x = layer(x)                                                                # ReLU and pooling
+    return x.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+
+
+def dropped_units(network: nn.Sequential) -> list[int]:
+    """How many units each dropout layer has, from the input to the output."""
+    units = 0
+    dropped = []
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            units = layer.out_features
+        elif isinstance(layer, nn.Dropout):
+            dropped.append(units)
+    return dropped
+
+
+def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
+    """The plain network with a single network's weights put in. Raises RuntimeError where they do not fit."""
+    plain = {}
+    for name, tensor in weights.items():
+        if name.endswith(".bias"):
+            tensor = tensor.flatten()
+        elif tensor.ndim == 2:
+            tensor = tensor.T
+        plain[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    network.load_state_dict(plain, assign=True)
+    return network
 
 
 # ---- Tickets: a ticket is a mask together with the initial weights that it was found from ----------------------------
 
-def full_masks(weights: Weights) -> Masks:
+def full_masks(weights: Weights | Stack) -> Masks:
     """Masks with every prunable weight remaining: biases are never pruned, and not counted."""
     return {name: torch.ones_like(tensor) for name, tensor in weights.items() if name.endswith(".weight")}
 
 
-def masked(weights: Weights, masks: Masks) -> Weights:
+def masked(weights: Weights | Stack, masks: Masks) -> Weights:
     """The weights, zero where they are pruned; new tensors."""
     return {name: tensor * masks[name] if name in masks else tensor.clone() for name, tensor in weights.items()}
-
-
-def prune_rates(network: nn.Sequential) -> dict[str, float]:
-    """The share of its survivors that each layer loses per level (section 2 and figure 2 of the paper): half of it in
-    the output layer and in convolutions; a global scope compares all layers at one rate."""
-    rates = {}
-    for name, layer in weighted_layers(network).items():
-        gentle = PRUNE_SCOPE == "layer" and (name == "output" or isinstance(layer, nn.Conv2d))
-        rates[f"{name}.weight"] = PRUNE_RATE / 2 if gentle else PRUNE_RATE
-    return rates
-
-
-def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
-    magnitude = weights.abs().masked_fill(mask == 0, torch.inf).flatten()
-    return mask.flatten().scatter(0, magnitude.argsort(stable=True)[:count], 0).view(mask.shape)
-
-
-def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -> Masks:
-    """Remove the smallest survivors of one network, `rates` of them, layer by layer or globally.
-
-    Step 3 of the paper's iterative pruning (its appendix B). Counts are exact: round(rate * survivors).
-    """
-    pruned = {}
-    for group in [[name] for name in masks] if scope == "layer" else [list(masks)]:
-        mask = torch.cat([masks[name].flatten() for name in group])
-        values = torch.cat([weights[name].flatten() for name in group])
-        mask = remove_smallest(values, mask, round(rates[group[0]] * int(mask.sum())))
-        parts = mask.split([masks[name].numel() for name in group])
-        pruned |= {name: part.view(masks[name].shape) for name, part in zip(group, parts, strict=True)}
-    return pruned
-
-
-def prune_tickets(state: dict, level: int) -> dict[int, Masks]:
-    """By trial, the level at which each weight was pruned (0: never), this level's by what the last one trained."""
-    if level == 0:
-        return state["pruned_at"]
-    rates, pruned_at = prune_rates(build_network(MODEL, DROPOUT)), {}
-    for trial, levels in state["pruned_at"].items():
-        before = masks_at(levels, level - 1)
-        after = prune(state["trained"][trial], before, rates, PRUNE_SCOPE)
-        pruned_at[trial] = {name: levels[name].masked_fill(before[name] > after[name], level) for name in levels}
-    return pruned_at
 
 
 def masks_at(pruned_at: Masks, level: int) -> Masks:
@@ -210,132 +465,112 @@ def masks_at(pruned_at: Masks, level: int) -> Masks:
     return {name: ((levels == 0) | (levels > level)).float() for name, levels in pruned_at.items()}
 
 
-class Arm(NamedTuple):
-    """One way to start a masked network, the question that it answers, and how it is drawn."""
-    start: Callable                   # from one network's theta0, ticket masks and so on to (weights, masks)
-    label: str                        # what it is, in figures and tables
-    colour: str
-    marker: str
-    late: bool = True                 # starts at REWIND_STEP; else at step 0, and trains all steps
-    controls: Literal["weights", "mask", "both"] = "both"     # what it has otherwise than the ticket
-    question: str = ""                # answered by the ticket's lead over this arm in accuracy
-    kind: Literal["difference", "enough", "no loss"] = "difference"     # yes if the ticket is more accurate; if this
-                                      # arm is as accurate as the ticket; if the ticket is as accurate as this arm
+def prune_rates(network: nn.Sequential) -> dict[str, float]:
+    """The share of its survivors that each layer loses per level (section 2 and figure 2 of the paper): half of it in
+    the output layer and in convolutions; a global scope compares all layers at one rate."""
+    rates = {}
+    for name, layer in weighted_layers(network).items():
+        rates[f"{name}.weight"] = PRUNE_RATE
+        if PRUNE_SCOPE == "layer" and (name == "output" or isinstance(layer, nn.Conv2d)):
+            rates[f"{name}.weight"] = PRUNE_RATE / 2
+    return rates
 
 
-REGISTRY = {"dense": Arm(lambda **given: rewind(**given), "dense network", "0.35", "P", late=False)}    # of all arms
+def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -> Masks:
+    """Remove the smallest survivors of one network, `rates` of them, layer by layer or globally.
+
+    Step 3 of the paper's iterative pruning (its appendix B). Counts are exact: round(rate * survivors). Raises
+    UserError where a global scope would leave a layer without any weight.
+    """
+    if scope == "layer":
+        return {name: remove_smallest(weights[name], mask, round(rates[name] * int(mask.sum())))
+                for name, mask in masks.items()}
+
+    (rate,) = set(rates.values())                           # one for all layers
+    values = torch.cat([weights[name].flatten() for name in masks])
+    mask = torch.cat([mask.flatten() for mask in masks.values()])
+    mask = remove_smallest(values, mask, round(rate * int(mask.sum())))
+    parts = mask.split([mask.numel() for mask in masks.values()])
+    pruned = {}
+    for name, part in zip(masks, parts, strict=True):
+        if not part.any():
+            raise UserError(f"with PRUNE_SCOPE=global, pruning would leave no weight of {name}: lower LEVELS or "
+                            "PRUNE_RATE, or choose PRUNE_SCOPE=layer.")
+        pruned[name] = part.view(masks[name].shape)
+    return pruned
 
 
-def register(*description, seed: int | None = None, **options) -> Callable[[Callable], Callable]:
-    """Decorator that enters a function of its name into the registry. `seed`: its part of the seed, if it draws."""
-    def enter(start: Callable) -> Callable:
-        REGISTRY[start.__name__] = Arm(start, *description, **options)
-        if seed is not None:
-            if seed in PURPOSES.values():
-                raise ValueError(f"the seed {seed} of {start.__name__} is another's: choose a number of its own")
-            PURPOSES[start.__name__] = seed
-        return start
-    return enter
+def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
+    magnitude = weights.abs().masked_fill(mask == 0, torch.inf).flatten()
+    smallest = magnitude.argsort(stable=True)[:count]
+    return mask.flatten().scatter(0, smallest, 0).view(mask.shape)
 
 
-def first_step(arm: str) -> int:
-    """After how many steps of the dense training an arm starts."""
-    return REWIND_STEP if REGISTRY[arm].late else 0
+# ---- Arms: how a pruned network starts -------------------------------------------------------------------------------
+
+class Given(NamedTuple):
+    """What an arm may start from: of one network, at one level."""
+    theta0: Weights                       # the original initial weights; for a late arm those of REWIND_STEP
+    masks: Masks                          # the ticket's, found from the rewind network of the same trial
+    dense: Weights                        # the dense network as trained
+    trained: Weights                      # the rewind network as the level before trained it
+    elsewhere: tuple[Weights, Masks] | None         # weights and masks of a ticket from TICKETS_FROM
+    random: torch.Generator               # for this arm, trial and level alone
 
 
-@register("rewound to original weights", "#0173b2", "o")
-def rewind(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+def rewind(given: Given) -> tuple[Weights, Masks]:
     """The winning ticket: the survivors' original initial weights."""
-    return masked(theta0, masks), masks
+    return masked(given.theta0, given.masks), given.masks
 
 
-@register("re-initialised at random", "#de8f05", "s", late=False, controls="weights", seed=1,
-          question="Do the original weights matter?")
-def reinit(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+def reinit(given: Given) -> tuple[Weights, Masks]:
     """The same connections with a fresh draw of initial weights (section 2, "random reinitialization")."""
-    return masked(initial_weights(random), masks), masks
+    return masked(initial_weights(given.random), given.masks), given.masks
 
 
-@register("original values, permuted", "#56b4e9", "<", controls="weights", seed=6,
-          question="Does it matter which survivor has which value, beyond their common scale?")
-def permute(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+def permute(given: Given) -> tuple[Weights, Masks]:
     """The survivors' original values, permuted among the survivors of each layer."""
-    weights = masked(theta0, masks)
-    for name, mask in masks.items():
+    weights = masked(given.theta0, given.masks)
+    for name, mask in given.masks.items():
         survivors = mask.flatten().nonzero().flatten()
-        order = torch.randperm(len(survivors), generator=random)
-        weights[name].view(-1)[survivors] = theta0[name].flatten()[survivors[order]]
-    return weights, masks
+        order = torch.randperm(len(survivors), generator=given.random)
+        values = given.theta0[name].flatten()
+        weights[name].view(-1)[survivors] = values[survivors[order]]
+    return weights, given.masks
 
 
-@register("original signs, new magnitudes", "#ca9161", ">", late=False, controls="weights", seed=7,
-          question="Are the signs enough?", kind="enough")
-def signs(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+def signs(given: Given) -> tuple[Weights, Masks]:
     """Fresh magnitudes with the signs of the original initial weights (Zhou et al. 2019, arXiv:1905.01067)."""
-    return masked({name: tensor.abs() * theta0[name].sign() for name, tensor in initial_weights(random).items()},
-                  masks), masks
+    fresh = initial_weights(given.random)
+    weights = {name: tensor.abs() * given.theta0[name].sign() for name, tensor in fresh.items()}
+    return masked(weights, given.masks), given.masks
 
 
-@register("trained on, not rewound (longer)", "black", "X", controls="weights", kind="no loss",
-          question="Does rewinding lose nothing against training on? (These networks have trained longer.)")
-def finetune(trained: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+def finetune(given: Given) -> tuple[Weights, Masks]:
     """The survivors keep the weights that the level before trained: these networks have trained longer."""
-    return masked(trained, masks), masks
+    return masked(given.trained, given.masks), given.masks
 
 
-@register("shuffled connections", "#029e73", "^", controls="mask", seed=2,
-          question="Do the connections matter, beyond their number per layer?")
-def shuffle(theta0: Weights, masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
+def shuffle(given: Given) -> tuple[Weights, Masks]:
     """The original initial weights on connections chosen at random, as many in each layer as the ticket has."""
-    masks = {name: mask.flatten()[torch.randperm(mask.numel(), generator=random)].reshape(mask.shape)
-             for name, mask in masks.items()}
-    return masked(theta0, masks), masks
+    masks = {}
+    for name, mask in given.masks.items():
+        order = torch.randperm(mask.numel(), generator=given.random)
+        masks[name] = mask.flatten()[order].view(mask.shape)
+    return masked(given.theta0, masks), masks
 
 
-@register("pruned in one shot", "#d55e00", "D", controls="mask", question="Is pruning round after round needed?")
-def oneshot(theta0: Weights, masks: Masks, dense: Weights, **_) -> tuple[Weights, Masks]:
+def oneshot(given: Given) -> tuple[Weights, Masks]:
     """The original initial weights on the trained dense network's largest, as many in each layer as the ticket has."""
-    masks = largest(dense, masks)
-    return masked(theta0, masks), masks
+    masks = largest(given.dense, given.masks)
+    return masked(given.theta0, masks), masks
 
 
-@register("largest initial weights", "#7a5195", "*", late=False, controls="mask",
-          question="Is training needed to find the mask?")
-def magnitude(theta0: Weights, masks: Masks, **_) -> tuple[Weights, Masks]:
+def magnitude(given: Given) -> tuple[Weights, Masks]:
     """The largest initial weights, as many in each layer as the ticket has (Frankle et al. 2021, arXiv:2009.08576)."""
-    masks = largest(theta0, masks)
-    return masked(theta0, masks), masks
-
-
-@register("small dense network", "#808000", "p", late=False, controls="mask", seed=8,
-          question="Is a ticket better than a small dense network?")
-def small(masks: Masks, random: torch.Generator, **_) -> tuple[Weights, Masks]:
-    """A narrower dense network with about as many weights: the first units of layers, drawn by INIT for their sizes."""
-    survivors = sum(int(mask.sum()) for mask in masks.values())
-    layers = weighted_layers(build_network(MODEL, DROPOUT))
-    shapes = min((narrower(layers, thousandths / 1000) for thousandths in range(1001)),
-                 key=lambda shapes: abs(sum(math.prod(shape) for shape in shapes.values()) - survivors))
-    blocks = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    for name, (outputs, inputs, *kernel) in shapes.items():
-        (blocks[name][:outputs, :inputs] if kernel else blocks[name][:inputs, :outputs]).fill_(1)
-    return initial_weights(random, shapes), blocks
-
-
-def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together."""
-    shapes, kept = {}, 1.0                                          # share of the layer before
-    for name, layer in layers.items():
-        outputs, inputs, *kernel = layer.weight.shape
-        fewest = 1 if kernel else 10                                # three units before ten classes: a straw man
-        width = outputs if name == "output" else min(outputs, max(fewest, round(scale * outputs)))
-        shapes[f"{name}.weight"], kept = (width, round(inputs * kept), *kernel), width / outputs
-    return shapes
-
-
-@register("ticket found elsewhere", "#cc78bc", "v", controls="mask", question="Do tickets carry over?", kind="enough")
-def transfer(ticket: tuple[Weights, Masks], **_) -> tuple[Weights, Masks]:
-    """Masks and initial weights of the same trial and level from the file TICKETS_FROM."""
-    return rewind(*ticket)
+    masks = largest(given.theta0, given.masks)
+    return masked(given.theta0, masks), masks
 
 
 def largest(weights: Weights, masks: Masks) -> Masks:
@@ -344,77 +579,175 @@ def largest(weights: Weights, masks: Masks) -> Masks:
             for name, mask in masks.items()}
 
 
+def small(given: Given) -> tuple[Weights, Masks]:
+    """A narrower dense network with about as many weights: the first units of layers, drawn by INIT for their sizes."""
+    survivors = sum(int(mask.sum()) for mask in given.masks.values())
+    layers = weighted_layers(build_network(MODEL, DROPOUT))
+
+    def distance(shapes: dict[str, tuple[int, ...]]) -> int:
+        return abs(sum(math.prod(shape) for shape in shapes.values()) - survivors)
+
+    shapes = min((narrower(layers, thousandths / 1000) for thousandths in range(1001)), key=distance)
+    masks = {name: torch.zeros_like(mask) for name, mask in given.masks.items()}
+    for name, (outputs, inputs, *kernel) in shapes.items():
+        if kernel:
+            masks[name][:outputs, :inputs] = 1
+        else:
+            masks[name][:inputs, :outputs] = 1
+    return initial_weights(given.random, shapes), masks
+
+
+def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str, tuple[int, ...]]:
+    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together."""
+    shapes = {}
+    kept = 1.0                                              # share of the layer before
+    for name, layer in layers.items():
+        outputs, inputs, *kernel = layer.weight.shape
+        fewest = 10                                         # three units before ten classes: a straw man
+        if kernel:
+            fewest = 1
+        width = outputs
+        if name != "output":
+            width = min(outputs, max(fewest, round(scale * outputs)))
+        shapes[f"{name}.weight"] = (width, round(inputs * kept), *kernel)
+        kept = width / outputs
+    return shapes
+
+
+def transfer(given: Given) -> tuple[Weights, Masks]:
+    """Weights and masks of the same trial and level from the file TICKETS_FROM."""
+    weights, masks = given.elsewhere
+    return masked(weights, masks), masks
+
+
+class Arm(NamedTuple):
+    """One way to start a masked network, the question that it answers, and how it is drawn."""
+    start: Callable[[Given], tuple[Weights, Masks]]
+    label: str                            # what it is, in figures and tables
+    colour: str
+    marker: str
+    late: bool = True                     # starts at REWIND_STEP and takes the remaining steps; else at step 0, and all
+    controls: str = "both"                # what it has otherwise than the ticket: "weights" or "mask"
+    question: str = ""                    # answered by the ticket's lead over this arm in accuracy
+    kind: str = "difference"              # yes if the ticket is more accurate; "enough": if this arm is as accurate as
+                                          # the ticket; "no loss": if the ticket is as accurate as this arm
+
+
+ARM_TABLE = {
+    "rewind": Arm(rewind, "rewound to original weights", "#0173b2", "o"),
+    "reinit": Arm(reinit, "re-initialised at random", "#de8f05", "s", late=False, controls="weights",
+                  question="Do the original weights matter?"),
+    "permute": Arm(permute, "original values, permuted", "#56b4e9", "<", controls="weights",
+                   question="Does it matter which survivor has which value?"),
+    "signs": Arm(signs, "original signs, new magnitudes", "#ca9161", ">", late=False, controls="weights",
+                 question="Are the signs enough?", kind="enough"),
+    "finetune": Arm(finetune, "trained on, not rewound (longer)", "black", "X", controls="weights",
+                    question="Does rewinding lose nothing against training on, for longer?", kind="no loss"),
+    "shuffle": Arm(shuffle, "shuffled connections", "#029e73", "^", controls="mask",
+                   question="Do the connections matter, beyond their number per layer?"),
+    "oneshot": Arm(oneshot, "pruned in one shot", "#d55e00", "D", controls="mask",
+                   question="Is pruning round after round needed?"),
+    "magnitude": Arm(magnitude, "largest initial weights", "#7a5195", "*", late=False, controls="mask",
+                     question="Is training needed to find the mask?"),
+    "small": Arm(small, "small dense network", "#808000", "p", late=False, controls="mask",
+                 question="Is a ticket better than a small dense network?"),
+    "transfer": Arm(transfer, "ticket found elsewhere", "#cc78bc", "v", controls="mask",
+                    question="Do tickets carry over?", kind="enough"),
+}
+
+
+def first_step(arm: str) -> int:
+    """After how many steps of the dense training an arm starts."""
+    if arm == "dense" or not ARM_TABLE[arm].late:
+        return 0
+    return REWIND_STEP
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
+#
+# Five things to know before changing anything:
+#   1. Activations are feature-major: (nets, units, batch).
+#   2. The networks of a trial follow each other in a stack, and see the same batch and the same dropout.
+#   3. The loss is the sum over the networks, so that each one gets just its own gradient, unscaled.
+#   4. Pruned weights start at zero and their gradients are masked before clipping, so they stay exactly zero: a fresh
+#      AdamW makes no moments of zero gradients, and its decoupled decay leaves a zero alone.
+#   5. Every random number has a generator for its purpose, trial and level.
 
-def train(weights: Weights, masks: Masks, data: Dataset, networks: list[tuple[str, int]], level: int,
-          bar: tqdm) -> tuple[Weights, Weights, list[tuple]]:
-    """Train a stack of networks (arm, trial), arm after arm of the same trials, which see the same batches.
+def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], level: int,
+          bar: tqdm) -> tuple[Stack, Stack, list[tuple]]:
+    """Train a stack of networks, all arms of a trial side by side.
 
-    Networks that start at REWIND_STEP take the remaining steps only, with the batches of these steps. Pruned weights
-    stay exactly zero: they start so, their gradient is masked before it is clipped, and in a fresh AdamW zero gradients
-    leave zero moments, which decoupled decay leaves alone.
+    Networks that start at REWIND_STEP take the remaining steps only, with the batches and the dropout of these steps.
     Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one before any step,
     (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the
     mean over the batches since the evaluation before. Raises UserError where a loss is not finite.
     """
-    network, (images, labels), device = build_network(MODEL, DROPOUT), data["train"], data["train"][0].device
+    network = build_network(MODEL, DROPOUT)
+    images, labels = data["train"]
+    device = images.device
     trials = list(dict.fromkeys(trial for _, trial in networks))
-    masks = {name: mask.to(device) for name, mask in masks.items()}
-    parameters = torch.cat([tensor.flatten(1) for tensor in weights.values()], 1).to(device)        # (nets, numbers)
+    arms = len(networks) // len(trials)
+
+    parameters = as_rows(weights).to(device)                                            # (nets, numbers)
+    gradients = torch.zeros_like(parameters)
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
-    # AdamW gets one tensor per network: its kernels round otherwise at a tensor's end than within, and so a network's
-    # last bits would depend on how many others are in the stack.
-    rows, gradient_rows = parameters.unbind(), torch.zeros_like(parameters)
-    for row, gradient in zip(rows, gradient_rows, strict=True):
+    gradients_of = as_views(gradients, weights)
+    masks = {name: mask.to(device) for name, mask in masks.items()}
+    rows = parameters.unbind()
+    for row, gradient in zip(rows, gradients, strict=True):
         row.grad = gradient
-    gradients = as_views(gradient_rows, weights)
-    optimizer = torch.optim.AdamW(rows, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True,
-                                  capturable=device.type == "cuda")
-    order, dropout = batches(len(images), trials, level, device), generator("dropout", level=level, device=device)
-    factors = dropout_factors(network, BATCH_SIZE, device)
-    batch = torch.empty(len(trials), BATCH_SIZE, dtype=torch.int64, device=device)       # numbers of images
-    train_loss, since, evaluations = torch.zeros(len(networks), device=device), 0, []
+    optimizer = torch.optim.AdamW(rows, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
-    def train_step() -> None:
-        x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)           # faster than images[batch]
-        y = labels[batch].repeat(len(networks) // len(trials), 1)                       # (nets, batch)
-        loss = losses(forward(network, weights, x, factors), y)                         # (nets,)
-        # The gradient of the sum: every network gets just its own, unscaled.
-        for name, gradient in zip(weights, torch.autograd.grad(loss.sum(), list(weights.values())), strict=True):
-            torch.mul(gradient, masks.get(name, 1), out=gradients[name])
-        if CLIP_NORM is not None:
-            clip_per_network(gradient_rows, CLIP_NORM)
-        optimizer.step()
-        train_loss.add_(loss.detach())
+    begin = first_step(networks[0][0])
+    end = EPOCHS * steps_per_epoch()
+    moments = evaluation_steps(end)
+    order = batches(len(images), trials, level, device)
+    dropout = dropout_factors(network, trials, level, device)
+    early = copied(weights)
+    loss_sum = torch.zeros(len(networks), device=device)
+    since = 0                                               # steps since the last evaluation
+    evaluations = [(begin, *evaluate_all(network, weights, data, loss_sum / since))]    # 0 / 0: no training loss yet
+    check_finite(evaluations[-1], networks, level)
 
-    def evaluate_all(step: int) -> None:
-        val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
-        _, test_accuracy = evaluate(network, weights, *data["test"])
-        measures = train_loss / since, val_loss, val_accuracy, test_accuracy            # before the first step 0 / 0
-        evaluations.append((step, *(measure.cpu() for measure in measures)))
-        check_finite(train_loss + val_loss, networks, level, step)
-
-    begin, end, run = first_step(networks[0][0]), EPOCHS * steps_per_epoch(), train_step
-    early = {name: tensor.detach().clone() for name, tensor in weights.items()}
-    evaluate_all(begin)
     for step in range(1, end + 1):
-        batch.copy_(next(order))
-        for factor in factors:
-            factor.bernoulli_(1 - DROPOUT, generator=dropout).div_(1 - DROPOUT)         # the mean stays
-        if step <= begin:                                           # taken before, by the dense network
+        batch = next(order)                                                             # (trials, batch)
+        factors = next(dropout)
+        if step <= begin:                                   # the dense network has taken these steps
             continue
-        if step == begin + 4:                                       # three steps have warmed the libraries up
-            run = captured(train_step, device)
-        run()
+
+        # predict
+        x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)           # faster than images[batch]
+        y = labels[batch].repeat_interleave(arms, 0)                                    # (nets, batch)
+        loss = losses(forward(network, weights, x, factors), y)                         # (nets,)
+
+        # mask and clip the gradients
+        found = torch.autograd.grad(loss.sum(), list(weights.values()))
+        for name, gradient in zip(weights, found, strict=True):
+            torch.mul(gradient, masks.get(name, 1), out=gradients_of[name])
+        if CLIP_NORM is not None:
+            clip_per_network(gradients, CLIP_NORM)
+
+        # move the weights
+        optimizer.step()
+        loss_sum += loss.detach()
         since += 1
-        if step == REWIND_STEP:
-            early = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        if step % EVAL_EVERY == 0 or step == end:
-            evaluate_all(step)
-            train_loss.zero_()
-            since = 0
         bar.update(len(networks))
-    return early, {name: tensor.detach() for name, tensor in weights.items()}, evaluations
+
+        # look at where they are
+        if step == REWIND_STEP:
+            early = copied(weights)
+        if step in moments:
+            evaluations.append((step, *evaluate_all(network, weights, data, loss_sum / since)))
+            check_finite(evaluations[-1], networks, level)
+            loss_sum.zero_()
+            since = 0
+
+    return early, copied(weights), evaluations
+
+
+def evaluation_steps(end: int) -> set[int]:
+    """After which steps of a training to evaluate: accuracy rises fastest at the start, and curves should show it."""
+    return {end, *range(EVAL_EVERY, end, EVAL_EVERY)}
 
 
 def steps_per_epoch() -> int:
@@ -426,9 +759,27 @@ def batches(images: int, trials: list[int], level: int, device: torch.device) ->
     """Endless batches of image numbers (trials, batch): an order of its own for every trial, level and epoch."""
     orders = [generator("order", trial, level) for trial in trials]
     while True:
-        epoch = torch.stack([torch.randperm(images, generator=order) for order in orders])
-        epoch = epoch.to(device, non_blocking=device.type == "cuda")                    # the GPU works on meanwhile
-        yield from epoch[:, :images - images % BATCH_SIZE].split(BATCH_SIZE, dim=1)
+        epoch = torch.stack([torch.randperm(images, generator=order) for order in orders]).to(device)
+        whole = images - images % BATCH_SIZE
+        yield from epoch[:, :whole].split(BATCH_SIZE, dim=1)
+
+
+def dropout_factors(network: nn.Sequential, trials: list[int], level: int,
+                    device: torch.device) -> Iterator[list[Tensor]]:
+    """For each step the factors (trials, units, batch) of every dropout layer: 0, or 1 / (1 - DROPOUT), which keeps the
+    mean. Without dropout there are none.
+
+    Each trial and level draws its own, so that trials are independent; the arms of a trial share them. A 16-bit number
+    decides about a unit: drawn by 64 random bits, they cost a fraction of what `bernoulli_` does.
+    """
+    random = generator("dropout", level=level, device=device)           # one sequence for all trials of a level
+    factors = []
+    if DROPOUT > 0:
+        factors = [torch.empty(BATCH_SIZE, units, device=device) for units in dropped_units(network)]
+    while True:
+        for factor in factors:
+            factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
+        yield factors
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -437,7 +788,7 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def clip_per_network(gradients: Tensor, max_norm: float) -> None:
-    """`clip_grad_norm_` for each row of gradients (nets, parameters) alone, in place.
+    """`clip_grad_norm_` for each row of gradients (nets, numbers) alone, in place.
 
     A norm over the whole stack would let one network's large gradient scale down all the others'.
     """
@@ -445,773 +796,825 @@ def clip_per_network(gradients: Tensor, max_norm: float) -> None:
     gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1))
 
 
+def evaluate_all(network: nn.Sequential, weights: Stack, data: Dataset, train_loss: Tensor) -> list[Tensor]:
+    """train_loss, val_loss, val_accuracy and test_accuracy, (nets,), on the CPU."""
+    val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
+    _, test_accuracy = evaluate(network, weights, *data["test"])
+    return [measure.cpu() for measure in (train_loss, val_loss, val_accuracy, test_accuracy)]
+
+
 @torch.no_grad()
-def evaluate(network: nn.Sequential, weights: Weights, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(network: nn.Sequential, weights: Stack, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and accuracy in percent, both (nets,), of every network on all of the images."""
-    loss, correct = torch.zeros(2, nets := len(weights["output.bias"]), device=images.device)
+    nets = len(weights["output.bias"])
+    loss = torch.zeros(nets, device=images.device)
+    correct = torch.zeros(nets, device=images.device)
     for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):
-        logits, y = forward(network, weights, x.unsqueeze(0)), y.expand(nets, -1)
+        logits = forward(network, weights, x.unsqueeze(0))                              # (nets, batch, 10)
+        y = y.expand(nets, -1)
         loss += losses(logits, y) * y.shape[1]
         correct += (logits.argmax(2) == y).sum(1)
     return loss / len(images), 100 * correct / len(images)
 
 
-# ---- Networks: the stack holds many networks side by side, and one matrix product serves them all --------------------
-
-def build_network(model: str, dropout: float) -> nn.Sequential:
-    """One plain network, "mlp" or "lenet". Its layers are also the plan by which `forward` runs a whole stack."""
-    if model == "mlp":
-        layers = OrderedDict(
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(100, 10))
-    else:
-        layers = OrderedDict(
-            conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
-            conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(84, 10))
-    return nn.Sequential(layers)
-
-
-def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that have weights, by name, from the input to the output."""
-    return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
-
-
-def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
-    """One network's weights drawn by INIT, biases zero. With a narrower one's shapes these are drawn, the rest is zero.
-
-    Linear weights are (in, out), biases (1, out): PyTorch's (out, in) would cost a third more time, in transposes.
-    """
-    weights = {}
-    for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
-        weight = torch.zeros_like(layer.weight, requires_grad=False)
-        drawn = torch.empty(shapes[f"{name}.weight"] if shapes else weight.shape)
-        weight[:len(drawn), :drawn.shape[1]] = getattr(nn.init, INIT + "_")(drawn, generator=random)
-        linear = isinstance(layer, nn.Linear)
-        weights[f"{name}.weight"] = weight.T.contiguous() if linear else weight
-        weights[f"{name}.bias"] = torch.zeros(1, layer.out_features) if linear else torch.zeros(layer.out_channels)
-    return weights
-
-
-def forward(network: nn.Sequential, weights: Weights, images: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
-    """Logits (nets, batch, 10) of a stack's networks, from images (sets, batch, 1, 28, 28).
-
-    The networks are a multiple of the sets, arm after arm: network n sees the images of set n % sets. With factors
-    (batch, units), one for each dropout layer, units are dropped; without any, as when evaluating, none. Which layers
-    it serves is found out by `check_network`.
-    """
-    layers, dropout = list(network.named_children()), iter(dropout)
-    nets, sets = len(weights["output.bias"]), len(images)
-    flatten = next(place for place, (_, layer) in enumerate(layers) if isinstance(layer, nn.Flatten))
-    x = images.flatten(2).unsqueeze(0)                                                  # (1, sets, batch, 784)
-    if flatten > 0:                                                                     # (arms, sets, batch, units)
-        x = torch.stack([convolve(layers[:flatten], {name: tensor.unflatten(0, (-1, sets))[:, n]
-                                                     for name, tensor in weights.items()}, images[n])
-                         for n in range(sets)], dim=1)
-    x = x.expand(nets // sets, -1, -1, -1).flatten(0, 1)                                # (nets, batch, units)
-    for name, layer in layers[flatten + 1:]:
-        if isinstance(layer, nn.Linear):
-            operands = weights[f"{name}.bias"], x, weights[f"{name}.weight"]
-            if nets > 1:
-                x = torch.baddbmm(*operands)
-            else:                                   # a lone product would be rounded otherwise: it gets a twin
-                x = torch.baddbmm(*(tensor.expand(2, -1, -1) for tensor in operands))[:1]
-        elif isinstance(layer, nn.Dropout):
-            factor = next(dropout, None)
-            x = x if factor is None else x * factor
-        else:
-            x = layer(x)                                                                # ReLU
-    return x
-
-
-def convolve(layers: list[tuple[str, nn.Module]], weights: Weights, x: Tensor) -> Tensor:
-    """What the layers before nn.Flatten make of images (batch, 1, 28, 28), (arms, batch, units).
-
-    All arms see the same images, so their kernels (arms, out, in, height, width) go into one convolution, with a group
-    per arm from the second on. In channels-last memory this takes half the time of arm after arm. One channel is in
-    both layouts; oneDNN takes the fast path only if the strides say so.
-    """
-    x, groups = x.as_strided(x.shape, (784, 1, 28, 1), x.storage_offset()), 1
-    for name, layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            kernels, bias = weights[f"{name}.weight"].flatten(0, 1), weights[f"{name}.bias"].flatten()
-            x = F.conv2d(x, kernels, bias, layer.stride, layer.padding, layer.dilation, groups)
-            groups = len(weights[f"{name}.weight"])
-        else:
-            x = layer(x)                                                                # ReLU and pooling
-    return x.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
-
-
-def dropout_factors(network: nn.Sequential, images: int, device: torch.device) -> list[Tensor]:
-    """Room for the factors (images, units) of each dropout layer, if any: one draw serves the whole stack.
-
-    Drawn for each network they would cost as much as a product, and a trial depend on how many others there are.
-    """
-    units, factors = 0, []
-    for layer in network:
-        units = getattr(layer, "out_features", units)
-        if isinstance(layer, nn.Dropout) and DROPOUT:
-            factors.append(torch.empty(images, units, device=device))
-    return factors
-
-
-# ---- Measures and claims: from the records of metrics.csv and nothing else -------------------------------------------
-
-# What is claimed of the first arm against the second, where (percent of the weights), and the paper's own figure
-CLAIMS = (
-    ("The ticket stops earlier than the dense network", "rewind", "dense", "stop_step", 21.1, "38 % earlier"),
-    ("The ticket is more accurate than the dense network", "rewind", "dense", "better", 13.5, "more than 0.3 points"),
-    ("The ticket is as accurate as the dense network", "rewind", "dense", "matching", 3.6, "back to dense"),
-    ("Re-initialised networks are less accurate than the dense ones", "dense", "reinit", "better", 21.1, "from here"),
-    ("Re-initialised networks stop later than the ticket", "rewind", "reinit", "stop_step", 21.1, "2.51 times"),
-    ("Re-initialised networks are less accurate than the ticket", "rewind", "reinit", "better", 21.1, "0.5 points"),
-    ("Networks pruned in one shot are less accurate than the ticket", "rewind", "oneshot", "better", 7.0, "(curves)"),
-    ("Shuffled masks are less accurate than the ticket", "rewind", "shuffle", "better", 21.1, "(curves)"),
-    ("Re-initialised networks come to the dense network's final validation accuracy later than the ticket",
-     "rewind", "reinit", "catch_up_step", 21.1, "(our own claim)"))
-
-
-def measure(records: pd.DataFrame) -> pd.DataFrame:
-    """A row per network, by arm, level and trial, from a row per evaluation.
-
-    weights_remaining, start_accuracy (test accuracy before the first step: a supermask's), and of the later evaluations
-    final_accuracy (after the last step), stop_accuracy and stop_step (at early stop, the lowest validation loss), and
-    catch_up_step (the first with the validation accuracy that the trial's dense network ends at). An early stop in the
-    last 5 % of the training or at one of its last two evaluations counts as not reached. Where stop_step_reached or
-    catch_up_step_reached is false, the step is a lower bound. Accuracies are whole ten-thousandths of a percent: equal
-    counts of right images are equal numbers.
-    """
-    network, accuracies = ["arm", "level", "trial"], ["val_accuracy", "test_accuracy"]
-    records = records.assign(**(1e4 * records[accuracies]).round().astype("int64")).reset_index(drop=True)
-    start = records[records["train_loss"].isna()].set_index(network)
-    records = records[records["train_loss"].notna()]
-    last = records.loc[records.groupby(network)["step"].idxmax()].set_index(network)
-    stop = records.loc[records.groupby(network)["val_loss"].idxmin()].set_index(network)
-    end, too_late = records["step"].max(), records["step"].drop_duplicates().nlargest(2).min()
-    good = records[records["val_accuracy"] >= records["trial"].map(last.loc[("dense", 0), "val_accuracy"])]
-    catch_up = good.groupby(network)["step"].min().reindex(last.index)
-    return pd.DataFrame({
-        "weights_remaining": last["weights_remaining"], "start_accuracy": start["test_accuracy"],
-        "final_accuracy": last["test_accuracy"], "stop_accuracy": stop["test_accuracy"],
-        "stop_step": stop["step"], "stop_step_reached": stop["step"] < min(0.95 * end, too_late),
-        "catch_up_step": catch_up.fillna(end), "catch_up_step_reached": catch_up.notna()}).sort_index()
-
-
-def trials_in_words(networks: pd.DataFrame) -> str:
-    """How many trials, as a title says it."""
-    trials = networks.index.unique("trial").size
-    return f"{trials} trial{'s' * (trials > 1)}"
-
-
-def arms_of(networks: pd.DataFrame) -> list[str]:
-    """The arms of a run, rewind first."""
-    return [arm for arm in REGISTRY if arm in networks.index.unique("arm") and arm != "dense"]
-
-
-def by_level(networks: pd.DataFrame, column: str, arm: str) -> np.ndarray:
-    """A column of an arm, (levels, trials); level 0, the dense networks, is where every arm starts."""
-    return networks.loc[[*{"dense", arm}], column].unstack("trial").sort_index(level="level").to_numpy()
-
-
-def remaining(networks: pd.DataFrame) -> np.ndarray:
-    """Percent of weights remaining at each level, (levels,)."""
-    return by_level(networks, "weights_remaining", (arms_of(networks) or ["dense"])[0])[:, 0]
-
-
-def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
-    """The levels nearest to so many percent of weights remaining, each once; never level 0 where there are others."""
-    pruned = remaining(networks)[1:]
-    return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents}) if len(pruned) else [0]
-
-
-def leads(networks: pd.DataFrame, one: str, other: str) -> np.ndarray:
-    """How many points one arm is ahead of another in test accuracy at early stop, trial by trial, (levels, trials)."""
-    one, other = (by_level(networks, "stop_accuracy", arm)[:1 if arm == "dense" else None] for arm in (one, other))
-    return (one - other) / 1e4                              # whole numbers are subtracted: ties stay ties
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences (trials,), and half its 95 % interval by Student's t; with one trial nan."""
-    n = len(differences)
-    return differences.mean(), stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5 if n > 1 else math.nan
-
-
-def decide(differences: np.ndarray, margin: float = 0) -> str:
-    """Is the true mean of paired differences (trials,) above -margin: "yes", "no", "undecided" or "not tested"?
-
-    Yes if the whole 95 % interval is, no if the whole of it lies below 0. Without a spread it decides nothing.
-    """
-    if len(differences) < 3:
-        return "not tested"
-    mean, half = interval(differences)
-    if np.ptp(differences) == 0:
-        return "undecided"
-    return "yes" if mean - half > -margin else "no" if mean + half < 0 else "undecided"
-
-
-def decide_moments(steps: np.ndarray, reached: np.ndarray) -> str:
-    """Does the first of two moments come sooner? Of both: steps and whether they were reached, (2, trials).
-
-    Decided by the steps' differences where all were reached. Else nothing is imputed: a one-sided binomial test at 5 %
-    on the trials, in which ties, and pairs of which neither was reached, count for neither side and stay in n.
-    """
-    if reached.all() or reached.shape[1] < 3:
-        return decide(steps[1] - steps[0])
-    sooner, later = (stats.binomtest(count, reached.shape[1], alternative="greater").pvalue <= 0.05
-                     for count in count_sooner(steps, reached))
-    return "yes" if sooner else "no" if later else "undecided"
-
-
-def count_sooner(steps: np.ndarray, reached: np.ndarray) -> tuple[int, int]:
-    """In how many trials the first, and in how many the second of two moments, both (2, trials), comes sooner."""
-    first, second = np.where(reached, steps, np.inf)
-    return int((first < second).sum()), int((second < first).sum())
-
-
-def matching(networks: pd.DataFrame, arm: str) -> list[str]:
-    """Level by level whether an arm "matches" the dense networks, is "below" them, or is "undecided" or "not tested".
-
-    It matches if the whole interval of its lead lies above -MATCHING_MARGIN points: a test of non-inferiority.
-    """
-    answers = (decide(lead, MATCHING_MARGIN) for lead in leads(networks, arm, "dense")[1:])
-    return [{"yes": "matches", "no": "below"}.get(answer, answer) for answer in answers]
-
-
-def headline(answers: list[str]) -> tuple[int | None, int | None]:
-    """The last place that "matches", and where the closing run of "below" begins; None where there is none."""
-    others = [place for place, answer in enumerate(answers) if answer != "below"]
-    matches, below = [place for place in others if answers[place] == "matches"], max(others, default=-1) + 1
-    return (matches[-1] if matches else None), (below if below < len(answers) else None)
-
-
-def verdict(networks: pd.DataFrame) -> list[str]:
-    """The answer in plain words: sentences."""
-    dense, percents = by_level(networks, "stop_accuracy", "dense")[0] / 1e4, remaining(networks)
-    sentences = [f"Dense networks reach {dense.mean():.2f} % test accuracy at early stop (mean of "
-                 f"{trials_in_words(networks)}, {dense.min():.2f} to {dense.max():.2f})."]
-    (level,) = levels_near(networks, 21.1)
-    for arm in arms_of(networks):
-        label = REGISTRY[arm].label
-        matches, below = headline(matching(networks, arm))
-        if arm in ("rewind", "reinit") and dense.size >= 3:
-            sentences.append(f"Networks {label} match the dense ones " + ("at no level" if matches is None else
-                             f"down to {percents[1 + matches]:.1f} % of the weights")
-                             + f" and are below them from {percents[1 + (below or 0)]:.1f} % on" * (below is not None)
-                             + ".")
-        if arm != "rewind":
-            sentences.append(f"At {percents[level]:.1f} % of the weights, rewound tickets minus {arm} ({label}): "
-                             f"{lead_in_words(networks, arm, level)}.")
-    return sentences + ["Fewer than three trials decide nothing."] * (dense.size < 3 and len(percents) > 1)
-
-
-def points(differences: np.ndarray) -> str:
-    """Mean and half the 95 % interval of differences (trials,), in words."""
-    return "{:+.2f} ± {:.2f} points".format(*interval(differences)).replace("± nan ", "")
-
-
-def lead_in_words(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """The ticket's lead over an arm; none where the arm keeps more than 1.1 times the ticket's weights."""
-    ticket, other = (by_level(networks, "weights_remaining", name)[level, 0] for name in ("rewind", arm))
-    return (f"not compared, it has {other:.1f} % of the weights" if other > 1.1 * ticket else
-            points(leads(networks, "rewind", arm)[level]))
-
-
-def claims(networks: pd.DataFrame) -> list[list[str]]:
-    """The claims, decided: cells of claim, weights remaining, n, the paper's figure, ours, and answer."""
-    lines, there = [], {"dense", *arms_of(networks)}
-    for claim, one, other, kind, percent, paper in CLAIMS:
-        (level,) = levels_near(networks, percent)
-        left, missing = remaining(networks)[level], [arm for arm in ("rewind", one, other) if arm not in there]
-        if missing or abs(math.log(left / percent)) > math.log(1.25):
-            why = f"no {missing[0]} networks" if missing else f"no level near {percent} %"
-            lines.append([claim, "", "", paper, "", f"not tested: {why}"])
-            continue
-        if kind in ("better", "matching"):
-            lead = leads(networks, one, other)[level]
-            ours, answer = points(lead), decide(lead, MATCHING_MARGIN if kind == "matching" else 0)
-        else:
-            steps, reached = (np.stack([by_level(networks, column, arm)[level if arm != "dense" else 0]
-                                        for arm in (one, other)]) for column in (kind, f"{kind}_reached"))
-            ours, answer = compare_moments(steps, reached, other == "dense"), decide_moments(steps, reached)
-        words = {"yes": "borne out", "no": "contradicted", "not tested": "not tested: fewer than three trials"}
-        trials = len(networks.index.unique("trial"))
-        lines.append([claim, f"{left:.1f} %", f"{trials}", paper, ours, words.get(answer, answer)])
-    return lines
-
-
-def compare_moments(steps: np.ndarray, reached: np.ndarray, in_percent: bool) -> str:
-    """How much sooner the first of two moments comes, both (2, trials), in words."""
-    if reached.all():
-        (first, second), bound = steps.mean(1), ""
-        text = "{:.0f} ± {:.0f} steps sooner".format(*interval(steps[1] - steps[0])).replace("± nan ", "")
-    else:
-        (first, second), shown = np.median(steps, 1), [median_step(*both) for both in zip(steps, reached, strict=True)]
-        text = f"sooner in {count_sooner(steps, reached)[0]} of {len(steps[0])}, medians {shown[0]} and {shown[1]}"
-        if "≥" in shown[0]:                                 # a bound in the denominator gives no ratio
-            return text
-        bound = "≥ " * ("≥" in shown[1])
-    if in_percent and first <= second:
-        return f"{text}, {bound}{100 * (1 - first / second):.0f} % earlier"
-    return f"{text}, {bound}{math.floor(100 * second / first) / 100 if bound else second / first:.2f} times"
-
-
-def median_step(steps: np.ndarray, reached: np.ndarray) -> str:
-    """The median of steps (trials,), with "≥" where it falls on one that was not reached."""
-    return "≥ " * bool(np.isinf(np.median(np.where(reached, steps, np.inf)))) + f"{np.median(steps):.0f}"
-
-
-def questions(networks: pd.DataFrame, levels: list[int]) -> list[list[str]]:
-    """A row per arm: its question, and at some levels the ticket's lead over it, and the answer."""
-    lines = []
-    for arm in arms_of(networks)[1:]:
-        label, question, kind = REGISTRY[arm].label, REGISTRY[arm].question, REGISTRY[arm].kind
-        ahead, margin = leads(networks, "rewind", arm), MATCHING_MARGIN if kind != "difference" else 0
-        cells = [lead_in_words(networks, arm, level) for level in levels]
-        answers = [decide(-ahead[level] if kind == "enough" else ahead[level], margin) for level in levels]
-        lines.append([question, f"{arm} ({label})", *(cell if cell.startswith("not") else f"{cell}: {answer}"
-                                                      for cell, answer in zip(cells, answers, strict=True))])
-    return lines
-
-
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-
-MODELS = {"mlp": "LeNet-300-100", "lenet": "LeNet-5"}
-STYLE = sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scale=1.2)
-
-
-def draw_figures(records: pd.DataFrame, networks: pd.DataFrame, first_layer: Tensor) -> dict[str, Figure]:
-    """Every figure that the run's arms, levels and moments give, by file name.
-
-    `first_layer`: the level at which each of its weights was pruned, by trial.
-    """
-    arms, dense = arms_of(networks), networks.loc["dense", "stop_accuracy"].mean() / 1e4
-    title = f"Lottery tickets on {records['dataset'][0]}, {MODELS[records['model'][0]]}, {trials_in_words(networks)}"
-    stop = "stop_accuracy", "test accuracy at early stop (%)", dense, f"dense network ({dense:.2f} %)"
-    start = "start_accuracy", "test accuracy before the first step (%)", 10, "chance (10 %)"
-    figures = {"learning_curves.png": learning_curves(records, networks, title)}
-    if arms:
-        figures["accuracy_plot_iterative.png"] = accuracy_plot(networks, ["rewind"], title, *stop)
-        figures["comparison_plot.png"] = accuracy_plot(networks, arms, title, *stop)
-        untrained = [arm for arm in arms if arm != "finetune"]
-        figures["supermask_plot.png"] = accuracy_plot(networks, untrained, title, *start)
-        figures["mask_plot.png"] = mask_plot(networks, first_layer, title)
-    if "reinit" in arms:
-        figures["accuracy_plot_reinit.png"] = accuracy_plot(networks, ["reinit"], title, *stop)
-    if "transfer" in arms:
-        figures["transfer_plot.png"] = transfer_plot(networks, title, *stop)
-    reached = networks.drop("dense").groupby(["arm", "level"])[[f"{column}_reached" for column in MOMENTS]].mean() > 0.5
-    panels = {column: words for column, words in MOMENTS.items() if reached[f"{column}_reached"].any()}
-    if panels:
-        figures["early_stopping_plot.png"] = early_stopping_plot(records, networks, panels, title)
-    return figures
-
-
-def new_figure(title: str, panels: Iterable[str], size: tuple[float, float], sharey: bool = True) -> tuple:
-    """A figure with a title and a row of axes with theirs, each of a size (width, height in inches).
-
-    It is made apart from pyplot: a notebook's own figures stay as they are.
-    """
-    panels = list(panels)
-    figure = Figure(figsize=(1.2 + len(panels) * size[0], size[1]), layout="constrained")
-    figure.suptitle(title)
-    row = figure.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
-    for axes, words in zip(row, panels, strict=True):
-        axes.set_title(words)
-    return figure, row
-
-
-def scale_weights_remaining(axes, networks: pd.DataFrame) -> None:
-    """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
-    sparsest = networks["weights_remaining"].min()
-    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1) if round(sparsest, 1) <= tick]
-    axes.set(xscale="log", xlim=(108, sparsest / 1.08), xlabel="weights remaining (%)")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-
-
-def drawn_as(arm: str) -> dict:
-    """How an arm is drawn in every figure; the two main arms are the boldest."""
-    description, main = REGISTRY[arm], arm in ("rewind", "reinit")
-    return {"color": description.colour, "marker": description.marker, "label": description.label,
-            "linewidth": 2.6 if main else 1.6, "markersize": 8, "zorder": 3 if main else 2.5}
-
-
-def accuracy_panel(axes, networks: pd.DataFrame, arms: list[str], column: str, ylabel: str, line: float, words: str,
-                   labels: dict[str, str] | None = None) -> None:
-    """An accuracy versus weights remaining of some arms, and a line at one accuracy.
-
-    Curves are means over the trials, the bands of the two main arms go from the lowest to the highest. The scale has
-    room for the main arms whether they are drawn or not, so that figures of one of them can be compared.
-    """
-    axes.axhline(line, color=REGISTRY["dense"].colour, linestyle="--", label=words)
-    for arm in arms:
-        drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])                   # every arm starts from dense
-        sns.lineplot(x=drawn["weights_remaining"], y=drawn[column] / 1e4, ax=axes, legend=False,
-                     errorbar=("pi", 100) if arm in ("rewind", "reinit") else None,
-                     **drawn_as(arm) | ({"label": labels[arm]} if labels else {}))
-    scale_weights_remaining(axes, networks)
-    main = networks[networks.index.get_level_values("arm").isin(["dense", "rewind", "reinit"])]
-    accuracy = pd.concat([main[column], networks.loc[arms, column].groupby(["arm", "level"]).mean()]) / 1e4
-    margin = 0.05 * np.ptp(accuracy) + 0.01
-    axes.set(ylim=(accuracy.min() - margin, accuracy.max() + margin), ylabel=ylabel)
-    if len(arms) > 4:                                                                   # they would hide curves
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    else:
-        axes.legend(loc="best")
-
-
-def accuracy_plot(networks: pd.DataFrame, arms: list[str], title: str, *what) -> Figure:
-    """An accuracy versus weights remaining; beyond four arms, controls of the weights and of the mask apart."""
-    main = ("rewind", "reinit")
-    parts = {"": arms} if len(arms) <= 4 else {
-        f"Controls of the {part}": [arm for arm in arms if arm in main or REGISTRY[arm].controls in (part, "both")]
-        for part in ("weights", "mask")}
-    words = "lines: means over the trials; bands: lowest to highest"
-    figure, row = new_figure(f"{title}\n{words}", parts, (7.4, 6 if len(parts) == 1 else 7.4), sharey=False)
-    for axes, shown in zip(row, parts.values(), strict=True):
-        accuracy_panel(axes, networks, shown, *what)
-    return figure
-
-
-def transfer_plot(networks: pd.DataFrame, title: str, *what) -> Figure:
-    """Do tickets found on another dataset train as well as those found here? Accuracies, and paired differences."""
-    figure, (left, right) = new_figure(title, ("mean over trials", "paired difference, mean and 95 % interval"),
-                                       (7, 5.6), sharey=False)
-    here, there = "ticket found here", REGISTRY["transfer"].label
-    labels = {"rewind": here, "transfer": there, "reinit": "mask found here, new weights"}
-    labels = {arm: label for arm, label in labels.items() if arm in arms_of(networks)}
-    accuracy_panel(left, networks, list(labels), *what, labels)
-    right.axhline(0, color=REGISTRY["dense"].colour, linestyle="--")
-    for arm in [arm for arm in labels if arm != "transfer"]:
-        mean, half = np.transpose([interval(lead) for lead in leads(networks, "transfer", arm)])
-        right.plot(remaining(networks), mean, **drawn_as(arm) | {"label": f"minus {labels[arm]}"})
-        right.fill_between(remaining(networks), mean - half, mean + half, color=REGISTRY[arm].colour, alpha=0.2)
-    scale_weights_remaining(right, networks)
-    right.set(ylabel=f"{there}: lead (points)")
-    right.legend(loc="best")
-    return figure
-
-
-MOMENTS = {"stop_step": "early stop: lowest validation loss",
-           "catch_up_step": "first step at the dense network's final validation accuracy"}
-
-
-def early_stopping_plot(records: pd.DataFrame, networks: pd.DataFrame, panels: dict[str, str], title: str) -> Figure:
-    """When the networks stop improving, and when they are as good as the dense ones end: medians over trials."""
-    words = "medians; no mark where most trials did not get there"
-    figure, row = new_figure(f"{title}\n{words}", panels.values(), (7.4, 6.6))
-    last = records["step"].max()
-    for axes, column in zip(row, panels, strict=True):
-        axes.axhline(last, color=REGISTRY["dense"].colour, linestyle=":", label=f"end of training ({last} steps)")
-        for arm in arms_of(networks):
-            drawn = pd.concat([networks.loc["dense"], networks.loc[arm]])
-            steps = drawn[column].where(drawn[f"{column}_reached"], np.inf).groupby(drawn["weights_remaining"]).median()
-            axes.plot(steps.mask(np.isinf(steps)), **drawn_as(arm))
-        scale_weights_remaining(axes, networks)
-        axes.set(ylim=(0, 1.06 * last), ylabel="training step")
-    # Below the panels: within them, no place is free in every run.
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(panels))
-    return figure
-
-
-def shown_levels(networks: pd.DataFrame) -> dict[int, str]:
-    """The levels that have a panel each, and what it is called."""
-    return {level: f"{remaining(networks)[level]:.1f} % of the weights"
-            for level in levels_near(networks, 51.3, 21.1, 7.0, 3.6)}
-
-
-def learning_curves(records: pd.DataFrame, networks: pd.DataFrame, title: str) -> Figure:
-    """Test accuracy while training, at a few sparsities, the dense networks dashed."""
-    arms, levels = arms_of(networks), shown_levels(networks)
-    figure, row = new_figure(title, levels.values(), (max(3.8, 7.4 / len(levels)), 5.6))
-    for level, axes in zip(levels, row, strict=True):
-        for arm, at in {"dense": 0, **dict.fromkeys(arms, level)}.items():
-            drawn = records[(records["arm"] == arm) & (records["level"] == at)]
-            sns.lineplot(drawn, x="step", y="test_accuracy", ax=axes, legend=False,
-                         errorbar=("pi", 100) if arm in ("rewind", "reinit") else None, linestyle="-" if at else "--",
-                         markevery=1 + drawn["step"].nunique() // 12, **drawn_as(arm))
-        axes.set(xlabel="training step", ylabel="test accuracy (%)")
-    # The first twentieth of the training may lie below the axis: the rest would be squeezed into a line.
-    shown = records[records["level"].isin([0, *levels]) & (records["step"] > records["step"].max() / 20)]
-    shown = shown.groupby(["arm", "level", "step"])["test_accuracy"].mean()
-    row[0].set_ylim(shown.quantile(0.03) - 0.5, shown.max() + 0.5)                  # one weak control may leave, too
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, len(levels)))
-    return figure
-
-
-def mask_plot(networks: pd.DataFrame, pruned_at: Tensor, title: str) -> Figure:
-    """Share of the first layer's weights that survive at each place of its input, a pixel or a place of the kernel.
-
-    pruned_at: (trials, pixels, outputs), or of a convolution (trials, outputs, inputs, height, width).
-    """
-    pruned_at = pruned_at if pruned_at.ndim == 3 else pruned_at.flatten(3).flatten(1, 2).mT
-    levels, side = shown_levels(networks), math.isqrt(pruned_at.shape[1])
-    words = "first layer, each panel with its own scale"
-    figure, row = new_figure(f"{title}\n{words}\n", levels.values(), (3.8, 6.2))
-    for level, axes in zip(levels, row, strict=True):
-        share = 100 * masks_at({"first": pruned_at}, level)["first"].mean((0, 2)).view(side, side).numpy()
-        image = axes.imshow(share, cmap="rocket", vmin=0)
-        figure.colorbar(image, ax=axes, location="bottom", label="weights left (%)")
-        axes.set(xlabel="column", ylabel="row", xticks=[], yticks=[])
-    return figure
-
-
-# ======================================================================================================================
-# Machinery: nothing below changes a number
-# ======================================================================================================================
-
-STACK_SIZE = 20                       # networks that train together on a CPU
-
-
-class UserError(ValueError):
-    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
-
-
-# ---- Tensors of many networks ----------------------------------------------------------------------------------------
-
-def stack(networks: list[Weights]) -> Weights:
-    """Single networks' tensors, stacked along a new leading nets dimension."""
-    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
-
-
-def pick(tensors: Weights, n: int) -> Weights:
-    """The tensors of a stack's n-th network, without the nets dimension."""
-    return {name: tensor[n] for name, tensor in tensors.items()}
-
-
-def as_views(rows: Tensor, shapes: Weights) -> Weights:
-    """Parts of rows (nets, numbers) under the names and in the shapes of a stack's tensors; they share the memory."""
-    parts = rows.split([tensor[0].numel() for tensor in shapes.values()], 1)
-    return {name: part.view(tensor.shape) for part, (name, tensor) in zip(parts, shapes.items(), strict=True)}
-
-
-def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """A plain network with a single network's weights put in, on the CPU. Raises RuntimeError where they do not fit."""
-    plain = {name: tensor.flatten() if name.endswith(".bias") else tensor.T if tensor.ndim == 2 else tensor
-             for name, tensor in weights.items()}
-    network.load_state_dict({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                             for name, tensor in plain.items()}, assign=True)
-    return network
-
-
-def check_network(network: nn.Sequential) -> None:
-    """Raise UserError unless `forward` computes, for two networks at once, just what the plain network does."""
-    try:
-        weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
-        images = torch.rand(1, 3, 1, 28, 28, generator=generator("order"))
-        kept = [factor.fill_(1) for factor in dropout_factors(network, 3, images.device)]
-        expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
-        torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
-        sound = not any(getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT
-                        for layer in network)
-    except Exception:                                       # a layer that is not served can fail in any way
-        sound = False
-    if not sound:
-        raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, nn.ReLU and "
-                        "nn.MaxPool2d before one nn.Flatten, and after it nn.Linear, nn.ReLU and, behind a linear "
-                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last one called "
-                        "output.")
-
-
-print_once = functools.cache(print)
-
-
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On CUDA a function that repeats all that the step does there by one launch, a CUDA graph; else the step itself.
-
-    The step must have run before, on the same stream, must read and write the same tensors each time, and draw no
-    random numbers. It does not run while it is captured: where that fails, the training goes on as it stood.
-    """
-    if device.type != "cuda":
-        return step
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            step()
-        return graph.replay
-    except RuntimeError as error:
-        print_once(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): steps are launched one by one")
-        return step
-
-
-# ---- Records and progress --------------------------------------------------------------------------------------------
-
-def record(new: dict, networks: list[tuple[str, int]], masks: Masks, early: Weights, trained: Weights,
-           evaluations: list[tuple]) -> None:
-    """Add to the new state what a stack gave: rows of metrics.csv, the networks to prune next, and of the dense ones
-    theta, the weights to rewind to."""
-    survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
-    percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
-    for n, (arm, trial) in enumerate(networks):
-        network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": new["level"],
-                   "weights_remaining": float(f"{percent[n]:.6g}")}
-        new["records"] += [network | {"step": step} | {column: float(f"{measure[n]:.6g}") for column, measure in zip(
-            ("train_loss", "val_loss", "val_accuracy", "test_accuracy"), measures, strict=True)}
-            for step, *measures in evaluations]
-        if arm in ("dense", "rewind"):
-            new["trained"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(trained, n).items()}
-        if arm == "dense":
-            new["dense"][trial] = new["trained"][trial]
-            new["theta"][trial] = {name: tensor.clone().cpu() for name, tensor in pick(early, n).items()}
-
-
-def records_of(state: dict) -> pd.DataFrame:
-    """The rows of metrics.csv by level, arm, trial and step: stacks and processes leave them in another order."""
-    arms = ["dense", *ARMS]
-    return pd.DataFrame(sorted(state["records"], key=lambda row: (row["level"], arms.index(row["arm"]), row["trial"],
-                                                                  row["step"])))
-
-
-def check_finite(loss: Tensor, networks: list[tuple[str, int]], level: int, step: int) -> None:
+def check_finite(evaluation: tuple, networks: list[Network], level: int) -> None:
     """Raise UserError where a network's loss is not finite."""
-    for (arm, trial), finite in zip(networks, loss.isfinite().tolist(), strict=True):
+    step, train_loss, val_loss, *_ = evaluation
+    trained = train_loss.isfinite() | (step == first_step(networks[0][0]))
+    for (arm, trial), finite in zip(networks, (trained & val_loss.isfinite()).tolist(), strict=True):
         if not finite:
             raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite by "
                             f"step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
 
 
-def progress_bar(done: int) -> tqdm:
-    """A bar over all levels after the one that was done last; its unit is one step of one network. On a terminal only.
+# ---- Tensors of many networks, and the device ------------------------------------------------------------------------
 
-    Prints the head of the table whose lines `finish_level` prints.
+def stack(networks: list[Weights]) -> Stack:
+    """Single networks' tensors, stacked along a new leading nets dimension."""
+    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
+
+
+def pick(tensors: Stack, n: int | slice) -> Weights | Stack:
+    """The tensors of a stack's n-th network, or of a slice of them."""
+    return {name: tensor[n] for name, tensor in tensors.items()}
+
+
+def copied(tensors: Stack) -> Stack:
+    """The same numbers on the CPU, in memory of their own."""
+    return {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+
+
+def as_rows(tensors: Stack) -> Tensor:
+    """All numbers of a network in a row of its own, (nets, numbers)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+
+
+def as_views(rows: Tensor, shapes: Stack) -> Stack:
+    """Parts of rows (nets, numbers) under the names and in the shapes of a stack's tensors; they share the memory."""
+    views = {}
+    begin = 0
+    for name, tensor in shapes.items():
+        end = begin + tensor[0].numel()
+        views[name] = rows[:, begin:end].unflatten(1, tensor.shape[1:])
+        begin = end
+    return views
+
+
+def prepare_device() -> torch.device:
+    """DEVICE, set up; each of several processes gets a GPU of its own. Raises UserError where there is no such one."""
+    torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
+    device = DEVICE
+    if DEVICE == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{process()[0] % torch.cuda.device_count()}"
+    try:
+        found = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"DEVICE={DEVICE} cannot be used here: DEVICE=auto takes what there is.") from None
+    if found.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False             # of products, PyTorch rounds no factors by itself
+        torch.cuda.set_device(found)
+    return found
+
+
+# ======================================================================================================================
+# Here ends what numbers depend on. The sha256 sum of the text from the section on the experiment to this line is a
+# version's name: below it, a figure can be improved without parting committed runs from the code that computed them.
+# ======================================================================================================================
+
+# ---- Measures and comparisons ----------------------------------------------------------------------------------------
+
+MAIN = ("rewind", "reinit")           # the arms that the paper's question is about
+
+
+class Results(NamedTuple):
+    """A run, as its summary and figures need it."""
+    records: pd.DataFrame                 # a row per evaluation, as in metrics.csv
+    networks: pd.DataFrame                # a row per network, by `measure`
+    constants: dict
+    provenance: str                       # what computed it, and on what
+    first_layer: Tensor | None            # (trials, units, pixels): the level at which each weight was pruned; 0: never
+    image: Tensor | None                  # (28, 28): the mean training image
+
+
+class Comparison(NamedTuple):
+    """That one arm is ahead of another: more accurate, or sooner at some step."""
+    claim: str
+    ahead: str
+    behind: str
+    measure: str                      # a column of what `measure` gives
+    percent: float                    # of the weights remaining
+    margin: float = 0                 # points that the arm ahead may be behind: 0 for more accurate, else as accurate
+    published: str = ""               # the paper's own figure
+
+
+CLAIMS = (
+    Comparison("Tickets beat dense networks", "rewind", "dense", "stop_accuracy", 13.5, 0, "more than 0.3 points"),
+    Comparison("Tickets match dense networks", "rewind", "dense", "stop_accuracy", 3.6, MATCHING_MARGIN, "they do"),
+    Comparison("Tickets end above dense networks", "rewind", "dense", "final_accuracy", 13.5, 0, "up to 0.35 points"),
+    Comparison("Dense networks beat re-initialised ones", "dense", "reinit", "stop_accuracy", 21.1, 0, "from here on"),
+    Comparison("Tickets beat re-initialised networks", "rewind", "reinit", "stop_accuracy", 21.1, 0, "0.5 points"),
+    Comparison("Tickets beat networks pruned in one shot", "rewind", "oneshot", "stop_accuracy", 7.0, 0, "(curves)"),
+    Comparison("Tickets beat shuffled connections", "rewind", "shuffle", "stop_accuracy", 21.1, 0, "(curves)"),
+    Comparison("Tickets stop before dense networks", "rewind", "dense", "stop_step", 21.1, 0, "38 % earlier"),
+    Comparison("Tickets stop before re-initialised networks", "rewind", "reinit", "stop_step", 21.1, 0, "60 % earlier"),
+    Comparison("Tickets catch up before re-initialised ones", "rewind", "reinit", "catch_up_step", 21.1, 0, "(ours)"))
+
+
+def questions(arms: list[str]) -> list[Comparison]:
+    """What the other arms are asked: is the ticket ahead of them, as accurate as they are, or they as the ticket?"""
+    asked = []
+    for arm in arms[1:]:
+        kind = ARM_TABLE[arm].kind
+        margin = 0 if kind == "difference" else MATCHING_MARGIN
+        pair = (arm, "rewind") if kind == "enough" else ("rewind", arm)
+        asked.append(Comparison(ARM_TABLE[arm].question, *pair, "stop_accuracy", 21.1, margin))
+    if "transfer" in arms and "reinit" in arms:
+        asked.append(Comparison("Are they better than a fresh draw?", "transfer", "reinit", "stop_accuracy", 21.1))
+    return asked
+
+
+def measure(records: pd.DataFrame) -> pd.DataFrame:
+    """A row per network, by arm, level and trial, from a row per evaluation.
+
+    Test accuracies before the network's own first step (start), after the last (final), and at the lowest validation
+    loss (stop), in whole ten-thousandths of a percent: equal counts of right images are equal numbers. Steps of that
+    stop, and of catching up with the validation accuracy that the trial's dense network ends at; infinite if not yet.
     """
-    steps, trials, (rank, processes) = EPOCHS * steps_per_epoch(), own_trials(), process()
-    work = [len(trials) * sum(steps - first_step(arm) for arm in arms) for arms in [("dense",)] + LEVELS * [ARMS]]
-    if processes > 1:
-        print(f"{processes} processes share {TRIALS} trials" + ", so that some have none" * (processes > TRIALS)
-              + f"; shown is the progress of the first one, with {trials}")
-    print("Test accuracy at early stop, means:\nlevel   weights remaining"
-          + "".join(f"{arm:>11}" for arm in (ARMS if LEVELS else ("dense",))) + "   time left", flush=True)
-    visible = rank == 0 and sys.stderr.isatty()
-    return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
-                file=sys.stderr if visible else open(os.devnull, "w"),
-                bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
+    network = ["arm", "level", "trial"]
+    records = records.reset_index(drop=True)
+    for column in ("val_accuracy", "test_accuracy"):
+        records[column] = (1e4 * records[column]).round().astype("int64")
+
+    untrained = records["train_loss"].isna()
+    start = records[untrained].set_index(network)
+    records = records[~untrained]
+    last = records.loc[records.groupby(network)["step"].idxmax()].set_index(network)
+    stop = records.loc[records.groupby(network)["val_loss"].idxmin()].set_index(network)
+
+    # A lowest loss so late says only that the training ended there.
+    last_steps = records["step"].drop_duplicates().nlargest(2)
+    too_late = min(0.95 * last_steps.max(), last_steps.min())
+    stop_step = stop["step"].astype(float).where(stop["step"] < too_late, math.inf)
+
+    dense_end = records["trial"].map(last.loc[("dense", 0), "val_accuracy"])
+    caught_up = records[records["val_accuracy"] >= dense_end].groupby(network)["step"].min()
+
+    return pd.DataFrame({
+        "weights_remaining": last["weights_remaining"], "start_accuracy": start["test_accuracy"],
+        "final_accuracy": last["test_accuracy"], "stop_accuracy": stop["test_accuracy"], "stop_step": stop_step,
+        "catch_up_step": caught_up.reindex(last.index).astype(float).fillna(math.inf)}).sort_index()
 
 
-def finish_level(state: dict, new: dict, checkpoint: Path, bar: tqdm) -> None:
-    """Save the new state, make it the state, and print a line."""
-    with one_at_a_time(checkpoint.parent):
-        write_whole(checkpoint, packed(new))
-    state.update(new)                                       # at once: whatever ends the run finds whole levels
-    level, networks = new["level"], measure(records_of(new)).xs(new["level"], level="level")
-    shown = [networks.loc[arm if level else "dense"] for arm in (ARMS if LEVELS else ("dense",))]
-    first = networks.loc["rewind" if level else "dense", "weights_remaining"].iloc[0]
-    left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial)
-    with tqdm.external_write_mode():
-        print(f"{level:5}{first:18.1f} %" + "".join(f"{arm['stop_accuracy'].mean() / 1e4:9.2f} %" for arm in shown)
-              + f"{left / 60:8.1f} min", flush=True)
+def arms_of(networks: pd.DataFrame) -> list[str]:
+    """The arms of a run, rewind first; none where nothing was pruned."""
+    return [arm for arm in ARM_TABLE if arm in networks.index.unique("arm")]
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
-
-def process() -> tuple[int, int]:
-    """This process's rank, and how many processes share the run: as torchrun says, else one alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def own_trials() -> list[int]:
-    """The trials of this process; there may be none."""
-    rank, processes = process()
-    return list(range(TRIALS)[rank::processes])
+def values(networks: pd.DataFrame, column: str, arm: str, level: int) -> np.ndarray:
+    """A measure of an arm's networks at a level, (trials,); at level 0 all arms are the dense networks."""
+    if arm == "dense" or level == 0:
+        return networks.loc[("dense", 0), column].to_numpy()
+    return networks.loc[(arm, level), column].to_numpy()
 
 
-def gather(state: dict) -> dict:
-    """On the first process, what all processes recorded and found, as one process alone would have it.
-
-    Between processes nothing passes but this, at the end: a process that is killed and started again delays no other.
-    """
-    rank, processes = process()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # while it waits for the others, Python hears no signal
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))       # the slowest is waited for
-    states = [None] * processes if rank == 0 else None
-    torch.distributed.gather_object({key: state[key] for key in ("records", "theta", "pruned_at")}, states)
-    if rank > 0:
-        return state
-    merged = {key: {trial: found for part in states for trial, found in part[key].items()}
-              for key in ("theta", "pruned_at")}
-    return state | merged | {"records": list(itertools.chain(*(part["records"] for part in states)))}
+def remaining(networks: pd.DataFrame, arm: str = "rewind") -> np.ndarray:
+    """Percent of weights remaining in an arm, (levels,)."""
+    levels = sorted(networks.index.unique("level"))
+    return np.array([values(networks, "weights_remaining", arm, level)[0] for level in levels])
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
-
-SHAPES = {"train-images-idx3-ubyte.gz": (60_000, 28, 28), "train-labels-idx1-ubyte.gz": (60_000,),
-          "t10k-images-idx3-ubyte.gz": (10_000, 28, 28), "t10k-labels-idx1-ubyte.gz": (10_000,)}
-
-
-def load_dataset(device: torch.device) -> Dataset:
-    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
-
-    The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
-    """
-    source = getattr(torchvision.datasets, DATASET)         # knows the sums and where to download
-    raw, md5 = beside_script(DATA_DIR) / DATASET / "raw", dict(source.resources)
-    images, labels, test_images, test_labels = (read_idx(raw / name, md5[name], source.mirrors) for name in SHAPES)
-    order = torch.randperm(len(images), generator=generator("split"))
-    rest, held_out = order[VALIDATION_SIZE:], order[:VALIDATION_SIZE]
-    splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]),
-              "test": (test_images, test_labels)}
-    deviation, mean = torch.std_mean(splits["train"][0] / 255)
-    normalise = {"standardised": lambda x: (x / 255 - mean).div_(deviation),
-                 "unit_interval": lambda x: x / 255,
-                 "unit_length": lambda x: F.normalize(x.float(), dim=(1, 2))}[PIXELS]
-    return {name: (normalise(x).unsqueeze(1).to(device), y.long().to(device)) for name, (x, y) in splits.items()}
+def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
+    """The levels nearest to so many percent of weights remaining, each once; level 0 only where there is no other."""
+    pruned = remaining(networks)[1:]
+    if len(pruned) == 0:
+        return [0]
+    return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents})
 
 
-def read_idx(archive: Path, md5: str, mirrors: list[str]) -> Tensor:
-    """The bytes in an IDX file: from its archive, or unpacked where there is no archive, or downloaded.
+def leads(networks: pd.DataFrame, ahead: str, behind: str, level: int, column: str = "stop_accuracy") -> np.ndarray:
+    """How many points of test accuracy one arm is ahead of another, (trials,); nan if the other has more weights."""
+    if behind == "small" and remaining(networks, "small")[level] > 1.1 * remaining(networks)[level]:
+        return np.full(len(values(networks, column, behind, level)), math.nan)
+    return (values(networks, column, ahead, level) - values(networks, column, behind, level)) / 1e4
 
-    The archive has a sum to be checked by, and so comes first; one that fails is downloaded again. Files are never
-    unpacked, so that the folder may be read-only.
-    """
-    file, reasons = archive.with_suffix(""), []
-    if archive.exists() or not file.exists():
-        file = archive
-        for mirror in mirrors if not check_integrity(archive, md5) else ():
-            try:
-                download_url(mirror + archive.name, str(archive.parent), md5=md5)       # compares the sum, too
-                break
-            except (OSError, RuntimeError) as error:
-                reasons.append(str(error).strip().splitlines()[-1])
-        if len(reasons) == len(mirrors):
-            raise UserError(f"{archive} is {'damaged' if archive.exists() else 'missing'} and could not be downloaded "
-                            f"({reasons[-1]}): put the archive with the md5 sum {md5} there, or in its place the "
-                            "unpacked file, or set DATA_DIR.")
-    content, shape = file.read_bytes(), SHAPES[archive.name]
-    content = gzip.decompress(content) if file == archive else content
-    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()            # of unsigned bytes, and the dimensions
-    body = content[len(header):]
-    if not content.startswith(header) or len(body) != math.prod(shape) or ("labels" in file.name and max(body) > 9):
-        raise UserError(f"{file} is damaged, or not what its name says: {len(content)} bytes instead of "
-                        f"{len(header) + math.prod(shape)}, or others than it should hold. Put the right one there.")
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Mean of paired differences (trials,), and half its 95 % interval by Student's t; with one trial that is nan."""
+    error = pd.Series(differences).sem()
+    return differences.mean(), stats.t.ppf(0.975, len(differences) - 1) * error
+
+
+def decide(differences: np.ndarray, margin: float = 0) -> str:
+    """Is the true mean of paired differences (trials,) above -margin: "yes", "no" or "undecided"?"""
+    if len(differences) < 3 or np.ptp(differences) == 0:
+        return "undecided"
+    mean, half = interval(differences)
+    if mean - half > -margin:
+        return "yes"
+    return "no" if mean + half < -margin else "undecided"
+
+
+def decide_steps(first: np.ndarray, second: np.ndarray) -> str:
+    """Does the first of two steps, both (trials,), come sooner: "yes", "no" or "undecided"? By a sign test."""
+    for answer, wins in (("yes", first < second), ("no", second < first)):
+        # Ties, and pairs of which neither was reached, count for neither side, and stay in n.
+        if stats.binomtest(int(wins.sum()), len(wins), alternative="greater").pvalue <= 0.05:
+            return answer
+    return "undecided"
+
+
+def compare(networks: pd.DataFrame, comparison: Comparison) -> tuple[str, str]:
+    """What a run says to a comparison: its own figure in words, and "yes", "no" or "undecided"."""
+    _, ahead, behind, column, percent, margin, _ = comparison
+    (level,) = levels_near(networks, percent)
+    if column in ("stop_step", "catch_up_step"):
+        steps = [values(networks, column, arm, level) for arm in (ahead, behind)]
+        return steps_in_words(*steps), decide_steps(*steps)
+    lead = leads(networks, ahead, behind, level, column)
+    return points(lead), decide(lead, margin)
+
+
+def why_untested(networks: pd.DataFrame, comparison: Comparison) -> str:
+    """Why a run cannot test a comparison; nothing where it can."""
+    compared = (comparison.ahead, comparison.behind)
+    for arm in compared:
+        if arm not in ("dense", *arms_of(networks)):
+            return f"no {arm} networks"
+    (level,) = levels_near(networks, comparison.percent)
+    if abs(math.log(remaining(networks)[level] / comparison.percent)) > math.log(1.25):
+        return f"no level near {comparison.percent} %"
+    if np.isnan(leads(networks, *compared, level)).any():
+        return "has more weights"
+    if all(np.isinf(np.median(values(networks, comparison.measure, arm, level))) for arm in compared):
+        return "not reached by most networks"
+    return ""
+
+
+def matching(networks: pd.DataFrame, arm: str, level: int) -> str:
+    """Whether an arm "matches" the dense networks at a level, is "below" them, or "undecided"."""
+    lead = leads(networks, arm, "dense", level)
+    if decide(lead, MATCHING_MARGIN) == "yes":
+        return "matches"
+    return "below" if decide(lead) == "no" else "undecided"
+
+
+# ---- Summary ---------------------------------------------------------------------------------------------------------
+
+def label(results: Results, arm: str) -> str:
+    """What an arm is called in the tables and figures of this run."""
+    if arm == "dense":
+        return "dense network"
+    words = ARM_TABLE[arm].label
+    step = results.constants["REWIND_STEP"]
+    if step > 0 and ARM_TABLE[arm].late:
+        words = words.replace("original weights", f"the weights of step {step}")
+        words = words.replace("original values", f"values of step {step}")
+    found = re.search(r"^Transferred tickets: DATASET = '(\w+)'", results.provenance, re.MULTILINE)
+    if arm == "transfer" and found and found[1] != results.constants["DATASET"]:
+        words = f"ticket from {found[1].replace('FashionMNIST', 'Fashion-MNIST')}"
+    return words
+
+
+def run_in_words(results: Results) -> str:
+    """What identifies a run."""
+    constants = results.constants
+    words = [constants["DATASET"].replace("FashionMNIST", "Fashion-MNIST"), build_network(constants["MODEL"], 0).name,
+             f"{constants['PIXELS'].replace('_', ' ')} pixels", count(constants["EPOCHS"], "epoch")]
+    if constants["REWIND_STEP"] > 0:
+        words.append(f"rewound to step {constants['REWIND_STEP']}")
+    return ", ".join(words)
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def left(results: Results, level: int) -> str:
+    """Weights remaining in the ticket at a level."""
+    return f"{remaining(results.networks)[level]:.1f} %"
+
+
+def mean_accuracy(networks: pd.DataFrame, column: str, arm: str, level: int) -> str:
+    """Mean over the trials, in percent."""
+    return f"{values(networks, column, arm, level).mean() / 1e4:.2f}"
+
+
+def points(differences: np.ndarray) -> str:
+    """Mean of differences (trials,), and half its 95 % interval where there is one."""
+    if np.isnan(differences).any():
+        return "has more weights"
+    return "{:+.2f} ± {:.2f}".format(*interval(differences)).removesuffix(" ± nan")
+
+
+def median_step(steps: np.ndarray) -> str:
+    """Median of steps (trials,)."""
+    return f"{np.median(steps):.0f}".replace("inf", "not reached")
+
+
+def steps_in_words(first: np.ndarray, second: np.ndarray) -> str:
+    """How much sooner the first of two steps comes, both (trials,)."""
+    sooner = (first < second).sum()
+    words = f"sooner in {sooner} of {len(first)}; medians {median_step(first)} and {median_step(second)}"
+    later = np.median(first) / np.median(second) - 1        # -1 or infinite where a median was not reached
+    if -1 < later < math.inf:
+        words += f", {100 * abs(later):.0f} % {'later' if later > 0 else 'earlier'}"
+    return words
+
+
+def matches_in_words(results: Results, arm: str) -> tuple[str, str]:
+    """Down to where an arm matches the dense networks, and from where on it is below them."""
+    down_to = "at no level of pruning"
+    below = ""
+    for level in range(1, len(remaining(results.networks))):
+        answer = matching(results.networks, arm, level)
+        if answer == "matches":
+            down_to = f"down to {left(results, level)} of the weights"
+        if answer != "below":
+            below = ""
+        elif not below:
+            below = f", and are below them from {left(results, level)} on"
+    return down_to, below
+
+
+def verdict(results: Results) -> list[str]:
+    """The answer in plain words: sentences."""
+    networks = results.networks
+    arms = arms_of(networks)
+    dense = values(networks, "stop_accuracy", "dense", 0) / 1e4
+    sentences = [f"Dense networks reach {dense.mean():.2f} % test accuracy at early stop (mean of "
+                 f"{count(len(dense), 'trial')}, {dense.min():.2f} to {dense.max():.2f})."]
+    if not arms:
+        return sentences
+    if len(dense) < 3:
+        sentences.append("Fewer than three trials decide nothing.")
+    for arm in MAIN:
+        if arm in arms and len(dense) >= 3:
+            down_to, below = matches_in_words(results, arm)
+            sentences.append(f"Networks {label(results, arm)} match the dense ones {down_to}{below}.")
+
+    (level,) = levels_near(networks, 21.1)
+    where = f"With {left(results, level)} of the weights"
+    over = [f"{points(leads(networks, 'rewind', arm, level))} over {label(results, arm)}" for arm in arms[1:]
+            if not np.isnan(leads(networks, "rewind", arm, level)).any()]
+    if over:
+        sentences.append(f"{where}, the ticket's lead in points is {'; '.join(over)}.")
+    masked = mean_accuracy(networks, "start_accuracy", "rewind", level)
+    step = results.constants["REWIND_STEP"]
+    return [*sentences, f"{where}, tickets have {masked} % test accuracy when merely masked, at step {step}."]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of words, without its index; nothing where it has no rows."""
+    if table.empty:
+        return ""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
+
+
+def claims(results: Results) -> str:
+    """A table of the claims that this run can test, and why it cannot test the others."""
+    networks = results.networks
+    rows = []
+    untested = []
+    for comparison in CLAIMS:
+        reason = why_untested(networks, comparison)
+        if reason:
+            untested.append(f"{comparison.claim} ({reason})")
+            continue
+        (level,) = levels_near(networks, comparison.percent)
+        ours, answer = compare(networks, comparison)
+        answer = {"yes": "borne out", "no": "contradicted"}.get(answer, answer)
+        rows.append([comparison.claim, left(results, level), comparison.published, ours, answer])
+    text = markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
+    if untested:
+        text += f"Not tested here: {'; '.join(untested)}.\n\n"
+    return text
+
+
+def answers(results: Results) -> str:
+    """A table of the questions to the other arms, answered at a few levels."""
+    networks = results.networks
+    asked = questions(arms_of(networks))
+    table = pd.DataFrame({"question": [comparison.claim for comparison in asked],
+                          "lead of": [label(results, comparison.ahead) for comparison in asked],
+                          "over": [label(results, comparison.behind) for comparison in asked]})
+    for level in levels_near(networks, 21.1, 7.0, 3.6):
+        there = [comparison._replace(percent=remaining(networks)[level]) for comparison in asked]
+        table[f"at {left(results, level)}"] = [
+            why_untested(networks, comparison) or ": ".join(compare(networks, comparison)) for comparison in there]
+    return markdown(table)
+
+
+def level_table(results: Results, arms: list[str]) -> str:
+    """A row per level of some arms; more is said of the two main ones."""
+    networks = results.networks
+    levels = range(1, len(remaining(networks)))
+    table = pd.DataFrame({"weights remaining": [left(results, level) for level in levels]})
+    for arm in arms:
+        table[f"{arm}, %"] = [mean_accuracy(networks, "stop_accuracy", arm, level) for level in levels]
+        if arm in MAIN:
+            table[f"{arm} - dense"] = [
+                f"{points(leads(networks, arm, 'dense', level))}, {matching(networks, arm, level)}" for level in levels]
+        if arm != "rewind":
+            table[f"rewind - {arm}"] = [points(leads(networks, "rewind", arm, level)) for level in levels]
+        if early_stops_reached(networks):
+            table[f"{arm}, step"] = [median_step(values(networks, "stop_step", arm, level)) for level in levels]
+    if "rewind" in arms:
+        table[f"rewind at step {results.constants['REWIND_STEP']}, %"] = [
+            mean_accuracy(networks, "start_accuracy", "rewind", level) for level in levels]
+    return markdown(table)
+
+
+def early_stops_reached(networks: pd.DataFrame) -> bool:
+    """Whether at some level most of the ticket's early stops were reached."""
+    return bool(np.isfinite(networks.loc["rewind", "stop_step"].groupby("level").median()).any())
+
+
+EARLY = [arm for arm in ARM_TABLE if not ARM_TABLE[arm].late]
+HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
+
+*Rewind* is the winning ticket: the surviving connections with their original initial weights; *reinit* has the same
+ones with a fresh draw. (Rewound to a later step, all arms start from that step's weights but {", ".join(EARLY)}.)
+Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; in the last 5 % of
+the training, or at one of its last two evaluations, its step counts as not reached. Leads are paired by trial: mean and
+half of the 95 % interval (Student's t), in points. An arm *matches* the dense networks where the whole interval lies
+above -{MATCHING_MARGIN}; else it is *below* them where the whole of it lies under 0. "Down to" names the sparsest level
+that matches, "from ... on" the first of those that are all below; single levels between may be anything. A claim is
+*borne out* (*yes*) where the whole interval lies above 0 (to match, be enough or lose nothing: above
+-{MATCHING_MARGIN}), *contradicted* (*no*) where the whole of it lies below that; on steps an exact sign test decides
+(one-sided, 5 %). Intervals hold for one test set and one validation split, each level by itself.
+
+## The paper's claims
+
+The paper's figures are for LeNet-300-100 on MNIST, by its own protocol. *Beat*: are more accurate.
+
+"""
+
+
+def summary(results: Results) -> str:
+    """summary.md: the verdict, the picture, the claims and questions with their answers, a row per level, constants."""
+    constants = results.constants
+    arms = arms_of(results.networks)
+    others = [arm for arm in arms if arm not in MAIN]
+    finished = len(remaining(results.networks)) - 1
+    text = f"# {run_in_words(results)}, {count(constants['TRIALS'], 'trial')}: {', '.join(arms) or 'dense'}\n\n"
+    if finished < constants["LEVELS"]:
+        text += f"**Unfinished: these are levels 0 to {finished} of {constants['LEVELS']}.**\n\n"
+    text += "\n".join(f"- {sentence}" for sentence in verdict(results)) + "\n\n"
+    if arms:
+        text += HOW_TO_READ + claims(results)
+        if others:
+            text += "## What the other arms tell\n\n" + answers(results)
+        text += "## Level by level\n\n" + level_table(results, [arm for arm in arms if arm not in others])
+        if others:
+            text += f"<details>\n<summary>The other arms</summary>\n\n{level_table(results, others)}</details>\n\n"
+    lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
+    return text + f"## Constants and versions\n\n```\n{lines}\n```\n\n" + results.provenance.rstrip("\n") + "\n"
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+STYLE = {
+    "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "figure.titlesize": 16, "figure.titleweight": "bold",
+    "axes.titlesize": 13, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.88",
+    "savefig.dpi": 150, "savefig.format": "png"}
+GREY = "0.35"                         # of the dense networks, and of what belongs to no arm
+
+
+def draw_figures(results: Results) -> dict[str, Figure]:
+    """Every figure that the run gives, by file name."""
+    arms = arms_of(results.networks)
+    drawn = [learning_curves]
+    if arms:
+        drawn += [comparison_plot, accuracy_plot_iterative, supermask_plot]
+    if "reinit" in arms:
+        drawn.append(accuracy_plot_reinit)
+    if len(arms) > 2:
+        drawn.append(leads_plot)
+    if arms and early_stops_reached(results.networks):
+        drawn.append(early_stopping_plot)
+    if arms and results.first_layer is not None and results.first_layer.shape[2] == 28 * 28:
+        drawn.append(mask_plot)
+    return {f"{draw.__name__}.png": draw(results) for draw in drawn}
+
+
+def new_figure(results: Results, title: str, shown: str, panels: list[str], size: tuple[float, float]) -> tuple:
+    """A figure of a size (inches) and its row of axes: a title, a grey line on the run and what is shown, panels."""
+    figure = Figure(figsize=size, layout="constrained")     # apart from pyplot: a notebook's own figures stay
+    figure.suptitle(wrap(title, min(75, int(6.6 * size[0]))), x=0.012, ha="left")
+    grey = f"{run_in_words(results)}; {shown} of {count(results.constants['TRIALS'], 'trial')}"
+    body = figure.subfigures()
+    body.suptitle(wrap(grey, int(11 * size[0])), x=0.012, ha="left", color="0.4", size=12, weight="normal")
+    row = body.subplots(1, len(panels), squeeze=False)[0]
+    for axes, words in zip(row, panels, strict=True):
+        axes.set_title(words)
+    return figure, row
+
+
+def wrap(words: str, letters: int) -> str:
+    """Lines of so many letters at most; a number and its % stay together."""
+    return textwrap.fill(words.replace(" %", "\u00a0%"), letters, break_on_hyphens=False)
+
+
+def drawn_as(arm: str) -> dict:
+    """How an arm is drawn in every figure; the two main arms are the boldest."""
+    if arm == "dense":
+        return {"color": GREY, "linestyle": "--"}
+    style = {"color": ARM_TABLE[arm].colour, "marker": ARM_TABLE[arm].marker, "markeredgecolor": "white"}
+    if arm in MAIN:
+        return style | {"linewidth": 2.8, "markersize": 9, "zorder": 3}
+    return style | {"linewidth": 1.6, "markersize": 7, "zorder": 2.5}
+
+
+def name_lines(axes: Axes, names: list[tuple[float, str, str]]) -> None:
+    """Write names, (end of the line, words, colour), beside axes with limits and scale; none overlaps another."""
+    inches = 0.66 * axes.figure.figure.get_figheight()                # about the axes' own height
+    names = [(end, wrap(words, 24), colour) for end, words, colour in sorted(names)]
+    ends = np.array([(axes.transScale + axes.transLimits).transform((1, end))[1] for end, _, _ in names])
+    sizes = np.array([(0.2 * words.count("\n") + 0.22) / inches for _, words, _ in names])
+    places = ends.copy()
+    for _ in range(500):
+        overlaps = ((sizes[1:] + sizes[:-1]) / 2 - np.diff(places)).clip(min=0)
+        places[1:] += overlaps / 3
+        places[:-1] -= overlaps / 3
+        places = places.clip(sizes / 2 - 0.1, 1 - sizes / 2)
+    for (_, words, colour), end, place in zip(names, ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(words, (1, end), (1.04, place), "axes fraction", color=colour, size=12, va="center",
+                      annotation_clip=False, arrowprops=line)
+
+
+def scale_weights_remaining(axes: Axes, networks: pd.DataFrame) -> None:
+    """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
+    sparsest = networks["weights_remaining"].min()
+    ticks = (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1)
+    if sparsest > 40:
+        ticks = (100, 90, 80, 70, 60, 50)
+    ticks = [tick for tick in ticks if tick > 0.98 * sparsest]
+    axes.set(xscale="log", xlim=(107, sparsest / 1.03), xlabel="weights remaining (%)")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def draw_arm(axes: Axes, results: Results, arm: str, column: str, visible: bool = True) -> tuple[float, str, str]:
+    """Draw mean accuracies (and the main arms' ranges) or median steps; out come end, name and colour of the line."""
+    networks = results.networks
+    percents = remaining(networks, "rewind" if arm == "dense" else arm)
+    there = np.stack([values(networks, column, arm, level) for level in range(len(percents))])
+    if column in ("stop_step", "catch_up_step"):
+        middle = np.minimum(np.median(there, 1), 1.1 * results.records["step"].max())
+    else:
+        there = there / 1e4
+        middle = there.mean(1)
+        if arm in MAIN:
+            axes.fill_between(percents, there.min(1), there.max(1), color=ARM_TABLE[arm].colour, alpha=0.2,
+                              linewidth=0, visible=visible)
+    axes.plot(percents, middle, visible=visible, **drawn_as(arm))
+    return middle[-1], label(results, arm), drawn_as(arm)["color"]
+
+
+def accuracy_limits(networks: pd.DataFrame, arms: list[str]) -> tuple[float, float]:
+    """The accuracies from which to which some arms are shown: at most twice the range of the main ones."""
+    main = networks.loc[networks.index.isin(["dense", *MAIN], "arm"), "stop_accuracy"] / 1e4
+    means = networks.loc[arms, "stop_accuracy"].groupby(["arm", "level"]).mean() / 1e4
+    high = max(main.max(), means.max())
+    low = max(min(main.min(), means.min()), high - 2 * max(np.ptp(main), 0.5))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def accuracy_plot(results: Results, shown: list[str]) -> Figure:
+    """Test accuracy at early stop versus weights remaining. All arms have their place, those shown are drawn."""
+    networks = results.networks
+    arms = arms_of(networks)
+    panels = {"": arms}
+    if len(arms) > 4:
+        panels = {words: [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls != other]
+                  for words, other in (("Same connections, other weights", "mask"), ("Other connections", "weights"))}
+        panels = {words: there for words, there in panels.items() if set(there) - set(MAIN)}
+    if shown != arms or len(panels) == 1:
+        panels = {"": next(iter(panels.values()))}
+    size = (14, 6.4) if len(panels) > 1 else (10, 5.6)
+
+    figure, row = new_figure(results, accuracy_title(results, shown), "means and ranges", list(panels), size)
+    for axes, there in zip(row, panels.values(), strict=True):
+        scale_weights_remaining(axes, networks)
+        low, high = accuracy_limits(networks, there)
+        axes.set(ylim=(low, high), ylabel="test accuracy at early stop (%)")
+        names = []
+        for arm in ("dense", *there):
+            end, words, colour = draw_arm(axes, results, arm, "stop_accuracy", visible=arm in ("dense", *shown))
+            if arm == "dense":
+                words = f"{words}, {end:.2f} %"
+            elif end < low:
+                words = f"{words}, {end:.1f} % ↓"
+            if arm not in ("dense", *shown):
+                colour = "none"                             # the name keeps its room: the axes stay the same
+            names.append((max(end, low), words, colour))
+        name_lines(axes, names)
+    return figure
+
+
+def accuracy_title(results: Results, shown: list[str]) -> str:
+    """Down to where the main arms among those shown match the dense networks: two lines in every picture."""
+    names = [label(results, arm) for arm in MAIN if arm in shown]
+    if results.constants["TRIALS"] < 3:
+        return f"Networks {' or '.join(names)}: too few trials to tell what matches"
+    title = f"Networks {names[0]} match the dense ones {matches_in_words(results, shown[0])[0]}"
+    if len(names) == 2:
+        down_to = matches_in_words(results, "reinit")[0].removesuffix(" of the weights").removesuffix(" of pruning")
+        title += f", re-initialised ones {down_to}"
+    return title
+
+
+def comparison_plot(results: Results) -> Figure:
+    """All arms."""
+    return accuracy_plot(results, arms_of(results.networks))
+
+
+def accuracy_plot_iterative(results: Results) -> Figure:
+    """The ticket, on the axes of the comparison."""
+    return accuracy_plot(results, ["rewind"])
+
+
+def accuracy_plot_reinit(results: Results) -> Figure:
+    """The re-initialised networks, on the axes of the comparison."""
+    return accuracy_plot(results, ["reinit"])
+
+
+def supermask_plot(results: Results) -> Figure:
+    """Test accuracy before an arm's first step: what its mask and its weights are good for without training."""
+    networks = results.networks
+    best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
+    step = results.constants["REWIND_STEP"]
+    title = f"Merely masked, at step {step}, tickets have up to {best['rewind']:.1f} % accuracy"
+    figure, (axes,) = new_figure(results, title, "means and ranges", [""], (10, 5.6))
+    scale_weights_remaining(axes, networks)
+    axes.set(ylim=(0, 100), ylabel="test accuracy when merely masked (%)")
+    axes.axhline(10, color=GREY, linestyle=":")
+    arms = [arm for arm in arms_of(networks) if arm != "finetune"]              # that one has been trained
+    ends = {arm: draw_arm(axes, results, arm, "start_accuracy") for arm in arms}
+    guessing = "; ".join(label(results, arm) for arm in arms if best[arm] < 20)
+    name_lines(axes, [(10, f"chance (10 %): {guessing}", GREY), *[ends[arm] for arm in arms if best[arm] >= 20]])
+    return figure
+
+
+def leads_plot(results: Results) -> Figure:
+    """The ticket's lead over each arm at a few levels, sorted by the first one: means and 95 % intervals."""
+    networks = results.networks
+    levels = levels_near(networks, 21.1, 7.0, 3.6)
+    panels = [f"{left(results, level)} of the weights" for level in levels]
+    arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
+    ahead = [arm for arm in arms if decide(leads(networks, "rewind", arm, levels[0])) == "yes"]
+    title = f"With {panels[0]}, the ticket is ahead of {len(ahead)} of {len(arms)} other arms"
+    if results.constants["TRIALS"] < 3:
+        title = "The ticket's lead over other arms: too few trials to tell"
+    figure, row = new_figure(results, title, "paired differences: means and 95 % intervals", panels,
+                             (14, 2.8 + 0.42 * len(arms)))
+    for axes, level in zip(row, levels, strict=True):
+        axes.axvline(0, color=GREY, linestyle="--")
+        for place, arm in enumerate(arms):
+            mean, half = interval(leads(networks, "rewind", arm, level))
+            axes.errorbar(mean, place, xerr=half, capsize=4, **drawn_as(arm))
+        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="the ticket's lead (points)")
+        axes.grid(axis="x")
+    row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
+    return figure
+
+
+def timing(results: Results, column: str, does: dict[str, str]) -> str:
+    """A title that says when some networks, with what they do by arm, come to a step."""
+    (level,) = levels_near(results.networks, 21.1)
+    title = f"With {left(results, level)} of the weights"
+    for arm, words in does.items():
+        if arm in results.networks.index.unique("arm"):
+            step = median_step(values(results.networks, column, arm, level))
+            title += f", {words} at step {step}".replace("at step not reached", "not before the end")
+    return title
+
+
+def learning_curves(results: Results) -> Figure:
+    """Test accuracy while training, at a few levels."""
+    networks = results.networks
+    levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
+    title = timing(results, "catch_up_step", {"rewind": "tickets reach the dense networks' final validation accuracy",
+                                              "reinit": "re-initialised ones"})
+    if levels == [0]:
+        title = f"Dense networks end at {mean_accuracy(networks, 'final_accuracy', 'dense', 0)} % test accuracy"
+    figure, row = new_figure(results, title, "steps: medians; curves: means and ranges",
+                             [f"{left(results, level)} of the weights" for level in levels],
+                             (max(10, 2.5 + 3.1 * len(levels)), 5.8))
+    for axes, level in zip(row, levels, strict=True):
+        names = learning_panel(axes, results, level)
+        axes.tick_params(labelleft=axes is row[0])
+    row[0].set(ylabel="test accuracy (%)")
+    name_lines(row[-1], names)
+    return figure
+
+
+def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float, str, str]]:
+    """The learning curves of a level; the axes are stretched at the first steps and towards 100 %."""
+    records = results.records
+    names = []
+    for arm in ("dense", *arms_of(results.networks)):
+        rows = records[(records["arm"] == arm) & (records["level"].isin([level, 0]))]
+        sns.lineplot(rows, x="step", y="test_accuracy", ax=axes, markevery=1 + rows["step"].nunique() // 10,
+                     errorbar=("pi", 100) if arm in MAIN else None, **drawn_as(arm))
+        end = values(results.networks, "final_accuracy", arm, level).mean() / 1e4
+        names.append((end, label(results, arm), drawn_as(arm)["color"]))
+
+    steps = np.unique(records["step"])
+    ticks = [0, steps[1], *[tick for tick in (100, 1_000, 10_000, 100_000) if steps[1] < tick <= steps[-1]]]
+    axes.set_xscale("symlog", linthresh=steps[1], linscale=0.4)
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    axes.set_yscale("function", functions=(lambda percent: -np.log(100.5 - percent), lambda y: 100.5 - np.exp(-y)))
+    axes.set_yticks([0, 50, 80, 90, 95, 98, 99])
+    axes.minorticks_off()
+    axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step", ylabel="")
+    axes.set_ylim(0, min(99.8, records["test_accuracy"].max() + 0.3))
+    return names
+
+
+def early_stopping_plot(results: Results) -> Figure:
+    """Median steps of early stop, and of catching up with the dense networks, versus weights remaining."""
+    last = results.records["step"].max()
+    title = timing(results, "stop_step", {"rewind": "tickets stop improving", "reinit": "re-initialised ones",
+                                          "dense": "dense networks"})
+    panels = {"stop_step": "Lowest validation loss", "catch_up_step": "The dense network's final validation accuracy"}
+    figure, row = new_figure(results, title, "medians", list(panels.values()), (14, 6))
+    for axes, column in zip(row, panels, strict=True):
+        scale_weights_remaining(axes, results.networks)
+        axes.set(ylim=(0, 1.2 * last), ylabel="training step")
+        ticks = [tick for tick in axes.get_yticks() if tick <= last]
+        axes.set_yticks([*ticks, 1.1 * last], [*[f"{tick:.0f}" for tick in ticks], "not\nreached"])
+        arms = ("dense", *arms_of(results.networks))
+        name_lines(axes, [draw_arm(axes, results, arm, column) for arm in arms])
+    return figure
+
+
+def mask_plot(results: Results) -> Figure:
+    """Where weights of the first layer remain: the share left at each pixel over the mean of all pixels."""
+    levels = levels_near(results.networks, 51.3, 21.1, 7.0, 3.6)
+    panels = [f"{left(results, level)} of the weights" for level in levels]
+    shares = [((results.first_layer == 0) | (results.first_layer > level)).float().mean((0, 1)) for level in levels]
+    title = "Where weights of the first layer remain"
+    if results.image is not None:
+        bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
+        held = 100 * shares[-1][bright].sum() / shares[-1].sum()
+        title = f"With {panels[-1]}, the brightest quarter of the pixels holds {held:.0f} % of the first layer's"
+        panels.insert(0, "mean training image")
+    figure, row = new_figure(results, title, "means", panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
+    if results.image is not None:
+        row[0].imshow(results.image, cmap="gray_r")
+    for axes, share in zip(row[-len(levels):], shares, strict=True):
+        relative = (share / share.mean()).clip(0.5, 2).view(28, 28)
+        picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
+    for axes in row:
+        axes.set_axis_off()
+    bar = figure.colorbar(picture, ax=row[-1])
+    bar.set_ticks([0.5, 1, 2], labels=["half\nor less", "mean\npixel", "twice\nor more"])
+    bar.minorticks_off()
+    return figure
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
-def beside_script(path: str) -> Path:
+FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
+           "leads_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png")
+OUTPUTS = ("checkpoint.pt", "metrics.csv", "tickets.pt", "summary.md", *FIGURES)
+
+# The version of what computes, taken when the module is loaded: the file may be edited while it runs. The constants
+# are no part of it; they are compared one by one.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+VERSION = hashlib.sha256(SOURCE.split("\n# ---- Experiment")[1].split("\n# Here ends")[0].encode()).hexdigest()
+
+
+def beside_script(path: str | Path) -> Path:
     """The path itself if absolute, else taken from the folder of this script."""
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another process writes to the folder; a lock that even a killed process gives back."""
+    """Wait while another process reads or unpacks data in the folder; give up on a host that does not answer."""
     with contextlib.ExitStack() as at_end:
+        at_end.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(30)                        # seconds; torchvision itself would wait for ever
+        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ImportError, OSError):     # on Windows, and in network folders that know no locks
             import fcntl
-            at_end.callback(os.close, handle := os.open(folder, os.O_RDONLY))
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle = os.open(folder, os.O_RDONLY)
+            at_end.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)              # even a killed process gives it back
         yield
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, then rename it: nobody ever sees half a file. With the folder locked."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    """Write a file under a name of its own, then rename it: nobody sees half a file, whatever ends this process."""
+    unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)
@@ -1223,7 +1626,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def packed(tensors: dict) -> bytes:
     """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
-    torch.save(tensors, content := io.BytesIO())
+    content = io.BytesIO()
+    torch.save(tensors, content)
     return content.getvalue()
 
 
@@ -1236,93 +1640,229 @@ def read_saved(path: Path) -> dict:
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
-# ---- Checkpoints and tickets -----------------------------------------------------------------------------------------
-
-@functools.cache
-def script_sum() -> str:
-    """The sha256 sum of this script's bytes when the run began; it may be edited meanwhile."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def sum_of_file(path: str) -> str:
+    """Its sha256."""
+    return hashlib.sha256(beside_script(path).read_bytes()).hexdigest()
 
 
-def checkpoint_path(device: torch.device) -> Path:
-    """Where an unfinished run keeps its state: each experiment, each version of what computes it, and each process of a
-    run has a file of its own."""
-    settings, (rank, processes) = experiment(), process()
-    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
-        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
-    version = [script_sum(), torch.__version__, device.type, torch.get_num_threads()]
-    first, second = (hashlib.sha256(repr(what).encode()).hexdigest()[:12] for what in (settings, version))
-    share = f"-{rank + 1}-of-{processes}" if processes > 1 else ""
-    return beside_script(RESULTS_DIR) / f"checkpoint-{first}-{second}{share}.pt"
+# ---- A results folder holds one run ----------------------------------------------------------------------------------
 
-
-def load_state(checkpoint: Path) -> dict:
-    """The state of an unfinished run from its checkpoint, or of a new run; a damaged checkpoint is set aside.
-
-    It holds the run's name, the level that was finished last, its records, and by trial the weights to rewind to
-    (theta), the level at which each weight was pruned, the dense networks as trained, and those to prune next.
-    """
-    theta0 = {trial: initial_weights(generator("init", trial)) for trial in own_trials()}
-    never = {trial: {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in full_masks(weights).items()}
-             for trial, weights in theta0.items()}
-    new = {"run": checkpoint.name, "level": -1, "records": [], "theta": theta0, "pruned_at": never, "dense": {},
-           "trained": {}}
-    if not checkpoint.exists():
-        for other in checkpoint.parent.glob(re.sub(r"^(checkpoint-\w+)-\w+", rf"\1-{'?' * 12}", checkpoint.name)):
-            print(f"{other.name} is of the same experiment, but of another version of the script or of PyTorch, kind "
-                  "of device or number of threads: it is not used, and this run starts afresh", flush=True)
-        return new
+def prepare_results_folder() -> Path:
+    """RESULTS_DIR, made where it is missing; found out before the work if it cannot be written to."""
+    folder = beside_script(RESULTS_DIR)
     try:
-        state = read_saved(checkpoint)
-        if state.keys() != new.keys() or state["run"] != checkpoint.name:
-            raise ValueError("not the state of this run")
-    except OSError:
-        raise
-    except Exception:                                       # a damaged file can fail in any way
-        aside = checkpoint.rename(checkpoint.with_suffix(f".damaged-{now()}"))
-        print(f"{checkpoint} was damaged and is now called {aside.name}: this run starts afresh", flush=True)
-        return new
-    print(f"resuming after level {state['level']} of {LEVELS}, kept in {checkpoint}", flush=True)
-    return state
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"the results folder {folder} cannot be written to ({error.strerror}): "
+                        "choose another RESULTS_DIR.") from None
+    return folder
 
+
+def identity(device: torch.device) -> dict:
+    """What two runs have in common if one can go on with the other's results: the constants that numbers depend on,
+    and what computes them. The number of threads is no part of it: it changes no bit of an MLP."""
+    settings = {name: value for name, value in constants().items()
+                if name not in ("LEVELS", "MATCHING_MARGIN", "DATA_DIR", "RESULTS_DIR", "DEVICE")}
+    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
+        settings["TICKETS_FROM"] = sum_of_file(TICKETS_FROM)
+    return settings | {"version of the script": VERSION, "data": CONTENTS[DATASET], "torch": str(torch.__version__),
+                       "kind of device": device.type}
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, State]:
+    """Whose the folder's checkpoint is, and its state; nobody's, and a new one, where there is none that is whole."""
+    try:
+        saved = read_saved(folder / "checkpoint.pt")
+        return saved["identity"], State(**saved["state"])
+    except Exception:                                       # a damaged file can fail in any way
+        return {}, State()
+
+
+def load_state(folder: Path, own: dict) -> State:
+    """The state to go on from: the checkpoint's if it is of this run, else a new one. Says which, and why."""
+    found, state = read_checkpoint(folder)
+    path = folder / "checkpoint.pt"
+    if found == own and state.level < LEVELS:
+        say(f"going on after level {state.level} of {LEVELS}, kept in {path}")
+        return state
+    if found == own:
+        say(f"nothing is left to train: summary and figures are drawn again from {path} (without it, the same command "
+            "trains afresh)")
+        return state
+    if found:
+        others = sorted(name for name in own | found if own.get(name) != found.get(name))
+        say(f"{folder} holds another run (with another {', another '.join(others)}): its files will be moved to "
+            "previous/ in it")
+    elif path.exists():
+        say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
+    return State()
+
+
+def save_state(state: State, folder: Path, own: dict) -> None:
+    """Write the checkpoint. Before a run's first one, another run's files make room for it."""
+    found, there = read_checkpoint(folder)
+    if found == own and there.level >= state.level:         # the same command, started twice, is ahead
+        return
+    if state.level > 0 and found and found != own:
+        raise UserError(f"another run has begun in {folder} meanwhile: choose another RESULTS_DIR for one of the two.")
+    if state.level == 0 and found != own:
+        same_numbers = existing_metrics(folder).startswith(metrics_of(state))
+        if (folder / "checkpoint.pt").exists() or not same_numbers:
+            move_to_previous(folder, OUTPUTS)
+    write_whole(folder / "checkpoint.pt", packed({"identity": own, "state": vars(state)}))
+
+
+def metrics_of(state: State) -> bytes:
+    """What metrics.csv says of a state."""
+    return pd.DataFrame(state.records).to_csv(index=False, lineterminator="\n").encode()
+
+
+def existing_metrics(folder: Path) -> bytes:
+    """The metrics.csv that lies in the folder; nothing where there is none."""
+    path = folder / "metrics.csv"
+    return path.read_bytes() if path.exists() else b""
+
+
+def move_to_previous(folder: Path, names: Iterable[str]) -> None:
+    """Move a run's files to previous/<time>/ in the folder."""
+    there = [folder / name for name in names if (folder / name).exists()]
+    if not there:
+        return
+    previous = folder / "previous" / datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
+    previous.mkdir(parents=True)
+    for path in there:
+        path.rename(previous / path.name)
+    say(f"the results of an earlier run are now in {previous}")
+
+
+def write_results(state: State, data: Dataset, notes: list[str], folder: Path) -> Results:
+    """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
+    device = data["train"][0].device
+    if not metrics_of(state).startswith(existing_metrics(folder)):
+        move_to_previous(folder, OUTPUTS[1:])               # of the same run, but of more levels; or another's
+    state = up_to_level(state, LEVELS)
+    write_whole(folder / "metrics.csv", metrics_of(state))
+    pruned_at = stack([state.pruned_at[trial] for trial in range(TRIALS)])
+    image = data["train"][0].mean(0).squeeze(0).cpu()
+    theta0 = stack([state.theta[trial] for trial in range(TRIALS)])
+    tickets = {"constants": constants() | {"LEVELS": state.level}, "theta0": theta0, "pruned_at": pruned_at,
+               "mean_image": image}
+    write_whole(folder / "tickets.pt", packed(tickets))
+
+    records = pd.DataFrame(state.records)
+    first_layer = next(iter(pruned_at.values()))
+    if first_layer.ndim > 3:                                # a convolution's weights belong to no pixel
+        first_layer = None
+    results = Results(records, measure(records), constants(), provenance(notes, device), first_layer, image)
+    draw(results, folder)
+    return results
+
+
+def up_to_level(state: State, level: int) -> State:
+    """The state as it was after a level, or as it is if it has not come so far."""
+    if state.level <= level:
+        return state
+    pruned_at = {trial: {name: levels.masked_fill(levels > level, 0) for name, levels in masks.items()}
+                 for trial, masks in state.pruned_at.items()}
+    records = [row for row in state.records if row["level"] <= level]
+    return replace(state, level=level, pruned_at=pruned_at, records=records)
+
+
+def provenance(notes: list[str], device: torch.device) -> str:
+    """What summary.md says below the constants: what computed the run, and on what."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = ", ".join(f"{library.__name__} {library.__version__}"
+                         for library in (torch, torchvision, np, pd, matplotlib, sns))
+    return "\n".join([
+        *notes,
+        f"Version of the script: {VERSION} (sha256 of its text from the experiment to the banner).",
+        f"Contents of {DATASET}: {CONTENTS[DATASET]} (sha256 of all images and labels).",
+        f"Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads."])
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Write summary and figures, whatever style the user has set elsewhere; figures that no longer apply go."""
+    write_whole(folder / "summary.md", summary(results).encode())
+    with matplotlib.style.context(["default", STYLE], after_reset=True):
+        figures = draw_figures(results)
+        for name, figure in figures.items():
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=150)
+            write_whole(folder / name, image.getvalue())
+    for name in FIGURES:
+        kept = name == "mask_plot.png" and results.first_layer is None
+        if name not in figures and not kept:
+            (folder / name).unlink(missing_ok=True)
+
+
+def redraw(folder: str | Path) -> None:
+    """Draw a results folder's summary and figures again: from metrics.csv, summary.md's constants, and tickets.pt (the
+    mask figure stays as it is where there is none). Raises UserError where they cannot be read."""
+    folder = beside_script(folder)
+    try:
+        records = pd.read_csv(folder / "metrics.csv")
+        text = (folder / "summary.md").read_text(encoding="utf-8")
+        block, below = text.split("## Constants and versions\n\n```\n")[1].split("```\n", 1)
+        settings = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", block, re.M)}
+        networks = measure(records)
+    except (OSError, ValueError, SyntaxError, IndexError, KeyError) as error:
+        raise UserError(f"{folder} holds no results that can be drawn ({error}): it needs metrics.csv and summary.md "
+                        "of a run.") from None
+    first_layer = None
+    image = None
+    with contextlib.suppress(UserError):
+        tickets = load_tickets(folder / "tickets.pt")
+        image = tickets["mean_image"]
+        weights = next(iter(tickets["pruned_at"].values()))
+        if weights.ndim == 3:                               # a convolution's belong to no pixel
+            first_layer = weights
+    draw(Results(records, networks, settings, below.strip(), first_layer, image), folder)
+
+
+# ---- Tickets that are kept -------------------------------------------------------------------------------------------
 
 def load_tickets(path: str | Path) -> dict:
-    """What a tickets.pt holds: the run's constants, theta0, and for each prunable weight its level of pruning.
-
-    Raises UserError unless it is whole, and what this script writes.
-    """
+    """What a tickets.pt holds: the run's constants, theta0, the level at which each weight was pruned, and the mean
+    training image. Raises UserError unless it is whole, and what this script writes."""
     try:
-        tickets = read_saved(beside_script(str(path)))
-        settings, theta0, pruned_at = (tickets[name] for name in ("constants", "theta0", "pruned_at"))
-        network = build_network(settings["MODEL"], settings["DROPOUT"])
-        as_plain_network(network, pick(theta0, settings["TRIALS"] - 1))         # other names or shapes do not fit
+        tickets = read_saved(beside_script(path))
+        held = tickets["constants"]
+        theta0 = tickets["theta0"]
+        network = build_network(held["MODEL"], held["DROPOUT"])
+        as_plain_network(network, pick(theta0, held["TRIALS"] - 1))             # other names or shapes do not fit
         expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
-        if {name: (levels.shape, levels.dtype) for name, levels in pruned_at.items()} != expected:
+        if {name: (levels.shape, levels.dtype) for name, levels in tickets["pruned_at"].items()} != expected:
             raise ValueError("theta0 and pruned_at do not belong together")
+        if tickets["mean_image"].shape != (28, 28) or not held.keys() >= constants().keys():
+            raise ValueError("of another version of the script")
         return tickets
     except Exception as error:                              # a damaged or foreign file can fail in any way
-        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): "
-                        "TICKETS_FROM must be the tickets.pt of a finished run.") from None
+        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): it must be the tickets.pt of "
+                        "a run by this version of the script.") from None
 
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
-    """One ticket as an ordinary network at its initial weights, with `torch.nn.utils.prune` masks, ready to train.
+    """One ticket as an ordinary network with `torch.nn.utils.prune` masks, ready to train: at its initial weights, or
+    with REWIND_STEP at those after so many steps.
 
     Raises UserError for a file that is no tickets.pt, IndexError for a trial or a level that it does not hold.
     """
     tickets = load_tickets(path)
-    model, dropout, trials, levels = (tickets["constants"][name] for name in ("MODEL", "DROPOUT", "TRIALS", "LEVELS"))
-    if not (0 <= trial < trials and 0 <= level <= levels):
-        raise IndexError(f"{path} holds trials 0 to {trials - 1} and levels 0 to {levels}")
-    network = as_plain_network(build_network(model, dropout), pick(tickets["theta0"], trial))
+    held = tickets["constants"]
+    if not (0 <= trial < held["TRIALS"] and 0 <= level <= held["LEVELS"]):
+        raise IndexError(f"{path} holds trials 0 to {held['TRIALS'] - 1} and levels 0 to {held['LEVELS']}")
+    network = as_plain_network(build_network(held["MODEL"], held["DROPOUT"]), pick(tickets["theta0"], trial))
     masks = masks_at(pick(tickets["pruned_at"], trial), level)
-    for name, layer in weighted_layers(network).items():
-        mask = masks[f"{name}.weight"]
-        torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
+    with torch.no_grad():                                   # else the network could not be copied
+        for name, layer in weighted_layers(network).items():
+            mask = masks[f"{name}.weight"]
+            torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
     return network
 
 
-def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
+def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Masks]], list[str]]:
     """By trial theta0 and pruned_at from TICKETS_FROM, if any, and lines that say what they are.
 
     Raises UserError unless they fit the constants, keep as many weights at each level, and lie clear of this run's own.
@@ -1340,190 +1880,141 @@ def tickets_from_elsewhere() -> tuple[dict[int, dict], list[str]]:
     if held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
         raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels: "
                         "TRIALS and LEVELS must be no more.")
-    digest = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
-    words = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
-    notes = [f"Transferred tickets: {', '.join(f'{name} = {held[name]!r}' for name in words)}; sha256 {digest}."]
-    found = {trial: {key: pick(tickets[key], trial) for key in ("theta0", "pruned_at")} for trial in range(TRIALS)}
-    return found, notes
+    names = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
+    words = ", ".join(f"{name} = {held[name]!r}" for name in names)
+    found = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
+    return found, [f"Transferred tickets: {words}; sha256 {sum_of_file(TICKETS_FROM)}."]
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
+# ---- Several processes, and what is said on the way ------------------------------------------------------------------
 
-OUTPUTS = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "learning_curves.png", "mask_plot.png", "supermask_plot.png", "transfer_plot.png",
-           "tickets.pt", "metrics.csv", "summary.md")
-
-
-def write_results(state: dict, notes: list[str], folder: Path, device: torch.device) -> None:
-    """Write summary, records and figures of the finished levels, and after the last one the tickets."""
-    records, trials = records_of(state), sorted(state["pruned_at"])
-    networks, metrics = measure(records), records.to_csv(index=False, lineterminator="\n").encode()
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = {key: stack([state[kept][trial] for trial in trials])
-             for key, kept in (("theta0", "theta"), ("pruned_at", "pruned_at"))}
-    with one_at_a_time(folder), matplotlib.rc_context(STYLE):
-        make_room(folder, metrics)
-        write_whole(folder / "summary.md", summary(networks, records, constants(), machine, notes).encode())
-        write_whole(folder / "metrics.csv", metrics)
-        for name, figure in draw_figures(records, networks, next(iter(found["pruned_at"].values()))).items():
-            figure.savefig(image := io.BytesIO(), dpi=150)
-            write_whole(folder / name, image.getvalue())
-        if state["level"] == LEVELS:
-            write_whole(folder / "tickets.pt", packed({"constants": constants(), **found}))
+def process() -> tuple[int, int]:
+    """This process's rank, and how many processes share the run. Only what torchrun started itself counts as several:
+    RANK and WORLD_SIZE may be left over in an environment."""
+    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def make_room(folder: Path, metrics: bytes) -> None:
-    """Move the results of another run, with other constants or other numbers, to previous/<time>/ in the folder."""
-    there = [folder / name for name in OUTPUTS if (folder / name).exists()]
-    numbers, words = (path.read_bytes() if path.exists() else b"" for path in (folder / name for name in OUTPUTS[-2:]))
-    ours = all(f"\n{name} = {value!r}\n".encode() in words for name, value in experiment().items())
-    if there and not (ours and metrics.startswith(numbers)):        # of this run there may be fewer levels
-        previous = folder / "previous" / now()
-        previous.mkdir(parents=True)
-        for path in there:                                          # summary.md last: it tells whose the results are
-            path.rename(previous / path.name)
-        print(f"the results of an earlier run are now in {previous}", flush=True)
+def own_trials() -> list[int]:
+    """The trials of this process; there may be none."""
+    rank, processes = process()
+    return list(range(TRIALS)[rank::processes])
 
 
-def now() -> str:
-    """The time, as part of a name that nothing else has."""
-    return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
+def gather(found: State) -> list[State]:
+    """What each process found at a level, on all of them.
+
+    Where another one has ended, this one ends silently: a traceback of the connection would bury what that one says.
+    """
+    _, processes = process()
+    parts = [found] * processes
+    if processes > 1:
+        try:
+            torch.distributed.all_gather_object(parts, found)
+        except RuntimeError:
+            raise SystemExit(1) from None
+    return parts
 
 
-def markdown(head: list[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+def say(text: str, stream: Any = None) -> None:
+    """Print for people, of several processes on the first. What a console cannot show is replaced; a console that is
+    gone, as after `| head`, gets nothing: neither is a reason to end."""
+    rank, _ = process()
+    if stream is None and rank > 0:
+        return
+    stream = stream or sys.stdout
+    if stream is None:                                      # started without one
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def tables(networks: pd.DataFrame) -> str:
-    """Tables with a row per level and a column per arm."""
-    arms, percents = arms_of(networks) or ["dense"], remaining(networks)
-    columns = {}                                                    # a list of columns, one per arm, by what they show
+def progress_bar(done: int) -> tqdm:
+    """A bar over all levels after the one that was done last; its unit is one step of one network. On a terminal only.
+
+    Prints the head of the table whose lines `report_level` prints.
+    """
+    rank, processes = process()
+    steps = EPOCHS * steps_per_epoch()
+    per_level = len(own_trials()) * sum(steps - first_step(arm) for arm in ARMS)
+    work = [len(own_trials()) * steps] + LEVELS * [per_level]
+    if processes > 1:
+        say(f"{processes} processes share {TRIALS} trials; shown is the progress of the first one, with "
+            f"{len(own_trials())}")
+    arms = ARMS if LEVELS > 0 else ("dense",)
+    columns = "".join(f"{arm:>11}" for arm in arms)
+    say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left")
+    visible = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
+                file=sys.stderr if visible else io.StringIO(),          # a disabled one keeps no time
+                bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
+
+
+def report_level(state: State, bar: tqdm) -> None:
+    """Print a line about the level that was finished last."""
+    networks = measure(pd.DataFrame(state.records)).xs(state.level, level="level")
+    arms = ARMS if LEVELS > 0 else ("dense",)
+    cells = []
     for arm in arms:
-        stop, start, final, own = (by_level(networks, column, arm) for column in (
-            "stop_accuracy", "start_accuracy", "final_accuracy", "weights_remaining"))
-        steps, reached = (by_level(networks, column, arm) for column in ("stop_step", "stop_step_reached"))
-        against = ["", *(f"; {points(lead)}, {answer}" for lead, answer in zip(
-            leads(networks, arm, "dense")[1:], matching(networks, arm), strict=True))]
-        for what, cells in {
-            "Test accuracy at early stop, %: mean (lowest to highest); lead over the dense networks, answer": [
-                f"{row.mean() / 1e4:.2f} ({row.min() / 1e4:.2f} to {row.max() / 1e4:.2f}){words}"
-                + f" (with {left:.1f} %)" * bool(left != percent)
-                for row, words, left, percent in zip(stop, against, own[:, 0], percents, strict=True)],
-            "The ticket's lead over the other arms, at early stop": [
-                lead_in_words(networks, arm, level) if level and arm != "rewind" else "" for level in range(len(stop))],
-            "Test accuracy before the first step, %: mean": [f"{row.mean() / 1e4:.2f}" for row in start],
-            "Early stop: median step, and in how many trials it was not reached": [
-                median_step(row, there) + f", {(~there).sum()} not reached" * (not there.all())
-                for row, there in zip(steps, reached, strict=True)],
-            "Test accuracy after the last step, %: mean": [f"{row.mean() / 1e4:.2f}" for row in final],
-        }.items():
-            columns.setdefault(what, []).append(cells)
-    levels = ["0 (dense)", *map(str, range(1, len(percents)))], [f"{percent:.1f} %" for percent in percents]
-    return "\n".join(f"{what}\n\n{markdown(['level', 'weights remaining', *arms], zip(*levels, *cells, strict=True))}\n"
-                     for what, cells in columns.items())
+        shown = networks.loc[arm if state.level > 0 else "dense"]
+        cells.append(f"{shown['stop_accuracy'].mean() / 1e4:9.2f} %")
+    first = networks.loc["rewind" if state.level > 0 else "dense", "weights_remaining"].iloc[0]
+    minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial) / 60
+    with tqdm.external_write_mode():
+        say(f"{state.level:5}{first:18.1f} %{''.join(cells)}{minutes:8.1f} min")
 
 
-def summary(networks: pd.DataFrame, records: pd.DataFrame, settings: dict, machine: str, notes: list[str]) -> str:
-    """summary.md: the verdict, questions and claims with their answers, a row per level, constants and versions."""
-    arms, finished, near = arms_of(networks) or ["dense"], records["level"].max(), levels_near(networks, 21.1, 7.0, 3.6)
-    unfinished = f"\n**Unfinished: these are levels 0 to {finished} of {settings['LEVELS']}.**\n"
-    sentences, newline = "\n".join(f"- {sentence}" for sentence in verdict(networks)), "\n"
-    asked = markdown(["question", "arm", *(f"at {remaining(networks)[level]:.1f} % of the weights" for level in near)],
-                     questions(networks, near))
-    versions = ", ".join(f"{library.__name__} {library.__version__}"
-                         for library in (torch, torchvision, np, pd, matplotlib, sns))
-    return f"""# {records["dataset"][0]}, {MODELS[records["model"][0]]}, {trials_in_words(networks)}: {", ".join(arms)}
-{unfinished * bool(finished < settings["LEVELS"])}
-{sentences}
+# ---- Checks of the constants -----------------------------------------------------------------------------------------
 
-*Early stop* is the evaluation with the lowest validation loss. In the last 5 % of the {records["step"].max()} steps, or
-at one of the last two evaluations, it counts as not reached, though its accuracy counts; "≥" marks a median that falls
-on such a one. Differences are paired by trial: mean ± half of the 95 % interval by Student's t. An arm *matches* the
-dense networks where the whole interval of its lead lies above -{MATCHING_MARGIN} points, else it is *below* them where
-the whole of it lies under 0, else undecided. "Down to" names the sparsest level that matches, "from … on" the first of
-those below without a break; single levels between may be undecided. All intervals hold for this draw of the dense
-networks, this sequence of dropout and this validation split; each level is judged by itself, with no correction for
-their number.
-
-## Questions: what each arm tells
-
-Shown is the ticket's lead over the arm in test accuracy at early stop. Whether something matters: *yes* if the whole
-interval lies above 0, *no* if under 0. Whether an arm is enough (signs, transfer): *yes* if the whole interval of its
-lead over the ticket lies above -{MATCHING_MARGIN} points. Whether rewinding loses nothing: *yes* if that of the
-ticket's lead does.
-
-{asked}
-
-## The paper's claims
-
-The paper's figures are for LeNet-300-100 on MNIST, trained by its own protocol. By test accuracy and step at early
-stop; positive differences favour the claim. *Borne out*: the whole interval is on the claimed side (*as accurate*:
-above -{MATCHING_MARGIN} points); *contradicted*: under 0. Where at least one trial did not reach a step, a one-sided
-binomial test at 5 % on the trials decides.
-
-{markdown(["claim", "weights remaining", "n", "the paper", "here", "answer"], claims(networks))}
-
-## Level by level
-
-{tables(networks)}
-## Constants and versions
-
-```
-{newline.join(f"{name} = {value!r}" for name, value in settings.items())}
-```
-
-{newline.join([*notes, ""])}Script with the sha256 sum {script_sum()}.
-Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads.
-"""
+def is_path(text: str) -> bool:
+    """Whether a file or folder can be called so."""
+    return text != "" and "\0" not in text
 
 
-# ---- Constants and the command line ----------------------------------------------------------------------------------
-
-RANGES = {                            # of the constants that are no choice: in words, and as a condition
-    "DROPOUT": ("a number from 0 to below 1", lambda share: 0 <= share < 1),
-    "ARMS": ("a choice, each once, of " + ", ".join(name for name in REGISTRY if name != "dense"), lambda arms: (
-        arms and all(isinstance(arm, str) and arms.count(arm) == 1 for arm in arms)
-        and {*arms} <= {*REGISTRY} - {"dense"})),
-    "TRIALS": ("a whole number, 1 to 1000", lambda count: 1 <= count <= 1_000),
-    "LEVELS": ("a whole number, 0 to 255", lambda count: 0 <= count <= 255),    # tickets.pt has 8 bits for them
-    "PRUNE_RATE": ("a number between 0 and 1", lambda rate: 0 < rate < 1),
-    "REWIND_STEP": ("a whole number, 0 or more", lambda step: step >= 0),
-    "TICKETS_FROM": ("the path of a tickets.pt, or None", lambda path: path and "\0" not in path),
-    "SEED": ("a whole number, 0 or more", lambda seed: seed >= 0),
-    "EPOCHS": ("a whole number, 1 or more", lambda count: count >= 1),
-    "BATCH_SIZE": ("a whole number, 1 to 55000", lambda size: 1 <= size <= 55_000),
-    "LEARNING_RATE": ("a number above 0", lambda rate: 0 < rate < math.inf),
-    "WEIGHT_DECAY": ("a number of at least 0", lambda decay: 0 <= decay < math.inf),
-    "CLIP_NORM": ("a number above 0, or None", lambda norm: 0 < norm < math.inf),
-    "EVAL_EVERY": ("a whole number, 1 or more", lambda steps: steps >= 1),
-    "DATA_DIR": ("a folder's path", lambda path: path and "\0" not in path),
-    "RESULTS_DIR": ("a folder's path", lambda path: path and "\0" not in path),
-    "DEVICE": ("auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch)}
-
-
-def rules() -> dict:
-    """The constants' types, by name: they are annotated where they stand."""
-    return {name: rule for name, rule in inspect.get_annotations(sys.modules[__name__]).items() if name.isupper()}
+# Of each constant: its type, what it must be, and the same as a condition; or the words that it is one of
+CHECKS = {
+    "DATASET": (str, tuple(CONTENTS)),
+    "PIXELS": (str, ("standardised", "unit_interval", "unit_length")),
+    "MODEL": (str, "a name that build_network knows", is_path),
+    "INIT": (str, ("kaiming_normal", "xavier_normal")),
+    "DROPOUT": (float, "a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
+    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
+        sorted(set(map(str, arms)) & ARM_TABLE.keys()) == sorted(map(str, arms)) != [])),
+    "TRIALS": (int, "a whole number, 1 to 1000", lambda count: 1 <= count <= 1_000),
+    "LEVELS": (int, "a whole number, 0 to 255", lambda count: 0 <= count <= 255),       # tickets.pt has 8 bits for them
+    "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
+    "PRUNE_SCOPE": (str, ("layer", "global")),
+    "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
+    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
+    "SEED": (int, "a whole number, 0 or more", lambda seed: seed >= 0),
+    "VALIDATION_SIZE": (int, "a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
+    "EPOCHS": (int, "a whole number, 1 or more", lambda count: count >= 1),
+    "BATCH_SIZE": (int, "a whole number, 1 to as many as there are images to train on", lambda size: (
+        1 <= size <= 60_000 - VALIDATION_SIZE)),
+    "LEARNING_RATE": (float, "a number above 0", lambda rate: 0 < rate < math.inf),
+    "WEIGHT_DECAY": (float, "a number of at least 0", lambda decay: 0 <= decay < math.inf),
+    "CLIP_NORM": (float | None, "a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
+    "EVAL_EVERY": (int, "a whole number, 1 or more", lambda steps: steps >= 1),
+    "MATCHING_MARGIN": (float, "a number of at least 0", lambda margin: 0 <= margin < math.inf),
+    "DATA_DIR": (str, "a folder's path", is_path),
+    "RESULTS_DIR": (str, "a folder's path", is_path),
+    "DEVICE": (str, "auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch),
+}
 
 
 def constants() -> dict:
     """All constants as they stand, by name; 0 and 0.0 are the same."""
-    values = {name: globals()[name] for name in rules()}
-    return {name: float(value) if type(value) is int and rules()[name] in (float, float | None) else value
-            for name, value in values.items()}
-
-
-def experiment() -> dict:
-    """The constants that the numbers depend on: where the files lie, and what computes, is no part of an experiment."""
-    return {name: value for name, value in constants().items() if name not in ("DATA_DIR", "RESULTS_DIR", "DEVICE")}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A suggestion to end an error with, or nothing."""
-    alike = {other.lower(): other for other in known}
-    match = difflib.get_close_matches(str(name).lower(), alike, n=1)
-    return f"; did you mean {alike[match[0]]}?" if match else "."
+    values = {}
+    for name, (kind, *_) in CHECKS.items():
+        value = globals()[name]
+        if kind in (float, float | None) and isinstance(value, int | float) and not isinstance(value, bool):
+            value = float(value)                            # numpy's numbers, too
+        values[name] = value
+    return values
 
 
 def read_arguments(arguments: list[str]) -> dict:
@@ -1533,16 +2024,19 @@ def read_arguments(arguments: list[str]) -> dict:
         name, equals, text = argument.partition("=")
         if not (name and equals):
             raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
-        if name not in rules():
-            raise UserError(f"there is no constant {name}" + nearest(name, rules()))
+        if name not in CHECKS:
+            meant = difflib.get_close_matches(name.upper(), CHECKS, n=1, cutoff=0) [0]
+            raise UserError(f"there is no constant {name}; did you mean {meant}?")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):
             value = text
-        if name == "ARMS" and isinstance(value, str | list):
-            value = tuple(value.split(",") if isinstance(value, str) else value)
-        elif rules()[name] in (str, str | None) and value is not None:
-            value = value if isinstance(value, str) else text           # a folder may be called 2026
+        if name == "ARMS" and isinstance(value, str):
+            value = tuple(value.split(","))
+        elif name == "ARMS" and isinstance(value, list):
+            value = tuple(value)
+        elif CHECKS[name][0] in (str, str | None) and not isinstance(value, CHECKS[name][0]):
+            value = text                                    # a folder may be called 2026
         values[name] = value
     return values
 
@@ -1550,83 +2044,92 @@ def read_arguments(arguments: list[str]) -> dict:
 def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
     for name, value in constants().items():
-        choices = get_args(rules()[name]) if name not in RANGES else ()
-        words, condition = RANGES.get(name) or ("one of " + ", ".join(choices), choices.__contains__)
-        if (isinstance(value, bool) or not isinstance(value, str if choices else rules()[name])
-                or not (value is None or condition(value))):
-            raise UserError(f"{name} must be {words}, not {value!r}" + nearest(value, choices))
-    steps = EPOCHS * steps_per_epoch()
+        kind, must, *holds = CHECKS[name]
+        if not holds:
+            holds = [must.__contains__]
+            must = "one of " + ", ".join(must)
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds[0](value):
+            raise UserError(f"{name} must be {must}, not {value!r}.")
     if "rewind" not in ARMS:
         raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
     if ("transfer" in ARMS) != (TICKETS_FROM is not None):
         raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
+    steps = EPOCHS * steps_per_epoch()
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    check_network(network := build_network(MODEL, DROPOUT))
+    check_levels(build_network(MODEL, DROPOUT))
+
+
+def check_network(device: torch.device) -> None:
+    """Raise UserError unless `forward` computes, for two networks at once, just what the plain network does."""
+    network = build_network(MODEL, DROPOUT)
+    try:
+        weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
+        weights = {name: tensor.to(device) for name, tensor in weights.items()}
+        images = torch.rand(1, 3, 1, 28, 28, generator=generator("check")).to(device)
+        kept = [torch.ones(3, units, device=device) for units in dropped_units(network)]
+        expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
+        torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
+        sound = not any(getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT
+                        for layer in network)
+    except Exception:                                       # a layer that is not served can fail in any way
+        sound = False
+    if not sound:
+        raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
+                        "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
+                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last one called "
+                        "output.")
+
+
+def check_levels(network: nn.Sequential) -> None:
+    """Raise UserError where a level would prune no weight of a layer, or all of them."""
     left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
-    left = left if PRUNE_SCOPE == "layer" else {"all layers": sum(left.values())}
-    for level, name in itertools.product(range(1, LEVELS + 1), left):
-        gone = round(prune_rates(network).get(name, PRUNE_RATE) * left[name])
-        if not 0 < gone < left[name]:
-            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                            f"{left[name]} weights left in {name} would be pruned.")
-        left[name] -= gone
+    rates = prune_rates(network)
+    if PRUNE_SCOPE == "global":
+        left = {"all layers": sum(left.values())}
+        rates = {"all layers": PRUNE_RATE}
+    for level in range(1, LEVELS + 1):
+        for name, rate in rates.items():
+            gone = round(rate * left[name])
+            if not 0 < gone < left[name]:
+                raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of "
+                                f"the {left[name]} weights left in {name} would be pruned.")
+            left[name] -= gone
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-def prepare_device() -> torch.device:
-    """DEVICE, set up: on CUDA without rounding the factors of products, on a stream where graphs can be captured."""
-    torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
-    device = DEVICE
-    if DEVICE in ("auto", "cuda") and torch.cuda.is_available():        # a GPU for each of a machine's processes
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    try:
-        device = torch.zeros(1, device="cpu" if device == "auto" else device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE={DEVICE} cannot be used here ({str(error).splitlines()[0]}): "
-                        "DEVICE=auto takes what there is.") from None
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False             # of products, PyTorch rounds no factors by itself
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream())
-    return device
-
-
-def prepare_results_folder() -> Path:
-    """RESULTS_DIR, made where it is missing; found out before the work if it cannot be written to."""
-    folder = beside_script(RESULTS_DIR)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"the results folder {folder} cannot be written to ({error}): "
-                        "choose another RESULTS_DIR.") from None
-    return folder
+RUNNING = threading.Lock()                                  # constants are the module's: one run at a time
 
 
 def run() -> None:
     """The experiment with the constants as they stand, from its checkpoint to its results."""
     check_constants()
-    (elsewhere, notes), folder, device = tickets_from_elsewhere(), prepare_results_folder(), prepare_device()
-    checkpoint, (rank, processes) = checkpoint_path(device), process()
-    state = load_state(checkpoint)
-    # Of several processes, the first one speaks for all.
-    with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
-        try:
-            if own_trials():
-                run_experiment(state, load_dataset(device), elsewhere, checkpoint)
-        finally:                        # whatever ends the run: of the finished levels there are results
-            if processes == 1 and state["records"]:
-                write_results(state, notes, folder, device)
+    device = prepare_device()
+    check_network(device)
+    elsewhere, notes = tickets_from_elsewhere()
+    folder = prepare_results_folder()
+    own = identity(device)
+    rank, processes = process()
     if processes > 1:
-        state = gather(state)
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))   # the slowest is waited for
+    data = load_dataset(device)
+    state = load_state(folder, own)
+
+    def save(new: State) -> None:
         if rank == 0:
-            write_results(state, notes, folder, device)
-        torch.distributed.barrier()                         # until the results are there, each keeps its checkpoint
-    checkpoint.unlink(missing_ok=True)
-    if rank == 0:
-        print("\n" + "\n".join(verdict(measure(records_of(state)))) + f"\n\nresults: {folder}")
+            save_state(new, folder, own)
+
+    results = None
+    try:
+        if state.level < LEVELS:
+            run_experiment(state, data, elsewhere, save)
+    finally:                                                # whatever ends it: of finished levels there are results
+        found, state = read_checkpoint(folder)
+        if rank == 0 and found == own:
+            results = write_results(state, data, notes, folder)
+    if results is not None:
+        say("\n" + "\n".join(verdict(results)) + f"\n\nresults: {folder}")
 
 
 def main(arguments: list[str]) -> None:
@@ -1635,34 +2138,51 @@ def main(arguments: list[str]) -> None:
     What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback.
     """
     if {"-h", "--help"} & set(arguments):
-        print(__doc__ + "\nConstants:\n" + "\n".join(f"  {name} = {value!r}" for name, value in constants().items()))
+        values = "\n".join(f"  {name} = {value!r}" for name, value in constants().items())
+        say(f"{__doc__}\nConstants:\n{values}")
         return
-    before = {name: globals()[name] for name in rules()}
-    memory = r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|bad_alloc"
+    if not RUNNING.acquire(blocking=False):
+        raise UserError("another run is under way in this Python process: start this one in a process of its own.")
+    before = {name: globals()[name] for name in CHECKS}
     try:
         globals().update(read_arguments(arguments))
         run()
     except OSError as error:
         raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(memory, str(error), re.I):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         raise UserError("there is not enough memory: lower TRIALS, BATCH_SIZE or the number of ARMS. Finished levels "
                         "are kept.") from None
     finally:
         globals().update(before)
+        RUNNING.release()
+
+
+@contextlib.contextmanager
+def signals_end_as_ctrl_c() -> Iterator[None]:
+    """A cluster's SIGTERM, and the SIGHUP of a terminal that is closed (but for nohup), end a run as Ctrl-C does.
+
+    Of several processes none: while one waits for the others, Python hears no signal.
+    """
+    before = {}
+    if process()[1] == 1 and threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):                  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    # Large memory pages, on Linux: MLPs by the dozen train 5 to 20 % faster. PyTorch looks once, at its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a cluster's Ctrl-C: it wants its machine back
     try:
-        main(sys.argv[1:])
+        with signals_end_as_ctrl_c():
+            main(sys.argv[1:])
     except UserError as error:
-        print(f"lth_pruning: {error}", file=sys.stderr)
+        say(f"lth_pruning: {error}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them.", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)                   # nothing is left to do, and PyTorch would take another second to unload
+        say("\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them.", sys.stderr)
+        sys.exit(130)
