@@ -354,12 +354,8 @@ def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] 
         weight = torch.zeros(layer.weight.shape)
         shape = weight.shape if shapes is None else shapes[f"{name}.weight"]
         weight[:shape[0], :shape[1]] = draw(torch.empty(shape), generator=random)
-        if isinstance(layer, nn.Linear):                    # (in, out) and (1, out)
-            weights[f"{name}.weight"] = weight.T.contiguous()
-            weights[f"{name}.bias"] = torch.zeros(1, layer.out_features)
-        else:
-            weights[f"{name}.weight"] = weight
-            weights[f"{name}.bias"] = torch.zeros(layer.bias.shape)
+        weights[f"{name}.weight"] = weight
+        weights[f"{name}.bias"] = torch.zeros(layer.bias.shape)
     return weights
 
 
@@ -381,6 +377,8 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
     else:
         x = torch.cat([convolve(layers[:flatten], pick(weights, slice(n * arms, (n + 1) * arms)), images[n])
                        for n in range(sets)])
+    x = x.mT                                                                            # (nets, units, batch)
+
     dropout = iter(dropout)
     for name, layer in layers[flatten + 1:]:
         if isinstance(layer, nn.Linear):
@@ -388,15 +386,15 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
         elif isinstance(layer, nn.Dropout):
             factor = next(dropout, None)
             if factor is not None:
-                x = x * factor
+                x = (x.unflatten(0, (sets, arms)) * factor.unsqueeze(1)).flatten(0, 1)
         else:
             x = layer(x)                                                                # ReLU
-    return x
+    return x.mT
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What a linear layer of every network makes of its own (nets, in, batch): (nets, out, batch)."""
-    operands = [bias, x, weight]
+    operands = [bias.unsqueeze(2), weight, x]
     if len(weight) > 1:
         return torch.baddbmm(*operands)
     # A lone product is rounded otherwise than one of several: it gets a twin.
@@ -437,14 +435,7 @@ def dropped_units(network: nn.Sequential) -> list[int]:
 
 def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
     """The plain network with a single network's weights put in. Raises RuntimeError where they do not fit."""
-    plain = {}
-    for name, tensor in weights.items():
-        if name.endswith(".bias"):
-            tensor = tensor.flatten()
-        elif tensor.ndim == 2:
-            tensor = tensor.T
-        plain[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    network.load_state_dict(plain, assign=True)
+    network.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     return network
 
 
@@ -589,11 +580,8 @@ def small(given: Given) -> tuple[Weights, Masks]:
 
     shapes = min((narrower(layers, thousandths / 1000) for thousandths in range(1001)), key=distance)
     masks = {name: torch.zeros_like(mask) for name, mask in given.masks.items()}
-    for name, (outputs, inputs, *kernel) in shapes.items():
-        if kernel:
-            masks[name][:outputs, :inputs] = 1
-        else:
-            masks[name][:inputs, :outputs] = 1
+    for name, (outputs, inputs, *_) in shapes.items():
+        masks[name][:outputs, :inputs] = 1
     return initial_weights(given.random, shapes), masks
 
 
@@ -693,10 +681,8 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
     weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     gradients_of = as_views(gradients, weights)
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    rows = parameters.unbind()
-    for row, gradient in zip(rows, gradients, strict=True):
-        row.grad = gradient
-    optimizer = torch.optim.AdamW(rows, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    parameters.grad = gradients
+    optimizer = torch.optim.AdamW([parameters], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
     begin = first_step(networks[0][0])
     end = EPOCHS * steps_per_epoch()
@@ -779,12 +765,12 @@ def dropout_factors(network: nn.Sequential, trials: list[int], level: int,
     while True:
         for factor in factors:
             factor.bernoulli_(1 - DROPOUT, generator=random).div_(1 - DROPOUT)
-        yield factors
+        yield [factor.T.unsqueeze(0) for factor in factors]
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Each network's mean cross-entropy, (nets,), from logits (nets, batch, 10) and labels (nets, batch)."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+    return F.cross_entropy(logits.mT, labels, reduction="none").mean(1)
 
 
 def clip_per_network(gradients: Tensor, max_norm: float) -> None:
@@ -845,8 +831,13 @@ def copied(tensors: Stack) -> Stack:
 
 
 def as_rows(tensors: Stack) -> Tensor:
-    """All numbers of a network in a row of its own, (nets, numbers)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+    """All numbers of a network in a row of its own, (nets, numbers), filled up with zeros to a multiple of 16.
+
+    So AdamW works on one tensor. Its kernel takes 16 numbers at a time and rounds a remainder otherwise: without the
+    filling, a network's last bits would depend on how many others there are in the stack.
+    """
+    rows = torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+    return F.pad(rows, (0, -rows.shape[1] % 16))
 
 
 def as_views(rows: Tensor, shapes: Stack) -> Stack:
@@ -1857,8 +1848,7 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     masks = masks_at(pick(tickets["pruned_at"], trial), level)
     with torch.no_grad():                                   # else the network could not be copied
         for name, layer in weighted_layers(network).items():
-            mask = masks[f"{name}.weight"]
-            torch_prune.custom_from_mask(layer, "weight", mask.T if isinstance(layer, nn.Linear) else mask)
+            torch_prune.custom_from_mask(layer, "weight", masks[f"{name}.weight"])
     return network
 
 
@@ -2067,7 +2057,7 @@ def check_network(device: torch.device) -> None:
         weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         images = torch.rand(1, 3, 1, 28, 28, generator=generator("check")).to(device)
-        kept = [torch.ones(3, units, device=device) for units in dropped_units(network)]
+        kept = [torch.ones(1, units, 3, device=device) for units in dropped_units(network)]
         expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
         torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
         sound = not any(getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT
