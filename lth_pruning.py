@@ -233,14 +233,9 @@ def merge(state: State, parts: list[State]) -> None:
         state.pruned_at |= part.pruned_at
 
 
-# A number for each purpose, and for each arm: its part of the seed
-PURPOSES = {"init": 0, "reinit": 1, "shuffle": 2, "split": 3, "order": 4, "dropout": 5, "permute": 6, "signs": 7,
-            "small": 8, "rewind": 9, "finetune": 10, "oneshot": 11, "magnitude": 12, "transfer": 13, "check": 14}
-
-
 def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
     """Random numbers for one purpose, whatever else is drawn: trial k is the same among 5 trials and among 50."""
-    seeds = np.random.SeedSequence([SEED, trial, level, PURPOSES[purpose.removeprefix("arm ")]])
+    seeds = np.random.SeedSequence([SEED, trial, level, *purpose.encode()])
     seed = int(seeds.generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
 
