@@ -728,7 +728,7 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
 
 def evaluation_steps(end: int) -> set[int]:
     """After which steps of a training to evaluate: accuracy rises fastest at the start, and curves should show it."""
-    return {end, *range(EVAL_EVERY, end, EVAL_EVERY)}
+    return {25, 50, 100, end, *range(EVAL_EVERY, end, EVAL_EVERY)}
 
 
 def steps_per_epoch() -> int:
