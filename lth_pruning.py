@@ -35,7 +35,6 @@ import datetime
 import difflib
 import hashlib
 import io
-import itertools
 import math
 import re
 import signal
@@ -80,13 +79,14 @@ DROPOUT: float = 0.2                  # after each hidden fully connected layer;
 ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; all of them stand in ARM_TABLE
 TRIALS: int = 5                       # initialisations, each with its own data order and dropout
 LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
-PRUNE_RATE: float = 0.2               # of the surviving weights, per level; half of it in convolutions and the output
+PRUNE_RATE: float = 0.2               # of a layer's surviving weights, per level; half in convolutions and the output
 PRUNE_SCOPE: str = "layer"            # smallest weights layer by layer; or "global", over all layers at one rate
 REWIND_STEP: int = 0                  # rewind to the weights after this many steps, and train the remaining ones
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
 SEED: int = 42                        # one seed, one result
 
-# Training: the same for every network, dense or pruned
+# Training: the same for every network, dense or pruned. (The paper: Adam and Glorot's weights, batches of 60 for 50,000
+# steps, neither dropout nor clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
 EPOCHS: int = 3
 BATCH_SIZE: int = 128
@@ -95,14 +95,16 @@ WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
 CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no clipping
 EVAL_EVERY: int = 200                 # steps between evaluations; others stand in `evaluation_steps`
 
-# What is said of it, and where
-MATCHING_MARGIN: float = 0.2          # points below the dense networks that still count as matching
+# Where
 DATA_DIR: str = "data"                # relative paths start beside this script
 RESULTS_DIR: str = "results"
 DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
 
+MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching
+
 Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
 Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned
+Levels = dict[str, Tensor]            # the level at which each of them was pruned; 0: at none
 Stack = dict[str, Tensor]             # weights or masks of many networks: each tensor has a leading nets dimension
 Network = tuple[str, int]             # which one it is: arm and trial
 Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test" -> images (n, 1, 28, 28), labels (n,)
@@ -119,19 +121,19 @@ class State:
     """What a run has found so far, by trial; it is saved after every level."""
 
     level: int = -1                                                     # the last one that is finished
-    theta: dict[int, Weights] = field(default_factory=dict)             # weights to rewind to, those of REWIND_STEP
-    pruned_at: dict[int, Masks] = field(default_factory=dict)           # the level that pruned each weight; 0: none did
+    theta: dict[int, Weights] = field(default_factory=dict)             # to rewind to: the weights after REWIND_STEP
+    pruned_at: dict[int, Levels] = field(default_factory=dict)          # all masks of all levels
     dense: dict[int, Weights] = field(default_factory=dict)             # the dense networks as trained
     trained: dict[int, Weights] = field(default_factory=dict)           # networks of the last level, to be pruned next
     records: list[dict] = field(default_factory=list)                   # rows of metrics.csv: one for each evaluation
 
 
-def run_experiment(state: State, data: Dataset, elsewhere: dict[int, tuple[Weights, Masks]],
+def run_experiment(state: State, data: Dataset, elsewhere: dict[int, tuple[Weights, Levels]],
                    save: Callable[[State], None]) -> None:
     """Train the dense networks, then prune the rewind networks level by level and start every arm from the new masks.
 
     Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state is brought up to date, and
-    `save` called with it, after each level. `elsewhere`: theta0 and pruned_at of another run's tickets, by trial.
+    `save` called with it, after each level. `elsewhere`: by trial, another run's weights to rewind to and its pruning.
     """
     with progress_bar(state.level) as bar:
         for level in range(state.level + 1, LEVELS + 1):
@@ -160,10 +162,10 @@ def prune_tickets(state: State, level: int) -> None:
 
 
 def stacks(level: int, device: torch.device) -> Iterator[list[Network]]:
-    """The networks of a level in the groups that train together: all arms of a trial, trial after trial.
+    """The networks of a level in the lists that train as one stack each.
 
-    Those of a stack start at the same step. A CPU's caches hold about 20 networks, more would slow each other down;
-    on a GPU they share the cost of launching each operation.
+    They start at the same step, and the arms of a trial follow each other. A CPU's caches hold about 20 networks, more
+    would slow each other down; on a GPU they share the cost of launching each operation.
     """
     most = 20 if device.type == "cpu" else 200
     arms = ARMS if level > 0 else ("dense",)
@@ -176,23 +178,24 @@ def stacks(level: int, device: torch.device) -> Iterator[list[Network]]:
 
 
 def start_networks(networks: list[Network], level: int, state: State,
-                   elsewhere: dict[int, tuple[Weights, Masks]]) -> tuple[Stack, Stack]:
+                   elsewhere: dict[int, tuple[Weights, Levels]]) -> tuple[Stack, Stack]:
     """The weights and masks that these networks start from."""
     starts = []
     for arm, trial in networks:
-        theta0 = initial_weights(generator("init", trial))
+        initial = initial_weights(generator("init", trial))
         if level == 0:
-            starts.append((theta0, full_masks(theta0)))
+            starts.append((initial, full_masks(initial)))
             continue
 
         if first_step(arm) == REWIND_STEP:
-            theta0 = state.theta[trial]
+            initial = state.theta[trial]
         ticket = None
         if trial in elsewhere:
             weights, pruned_at = elsewhere[trial]
             ticket = weights, masks_at(pruned_at, level)
-        given = Given(theta0, masks_at(state.pruned_at[trial], level), state.dense[trial], state.trained[trial], ticket,
-                      generator(f"arm {arm}", trial, level))
+        random = generator(f"arm {arm}", trial, level)
+        masks = masks_at(state.pruned_at[trial], level)
+        given = Given(initial, masks, state.dense[trial], state.trained[trial], ticket, random)
         starts.append(ARM_TABLE[arm].start(given))
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
@@ -207,8 +210,10 @@ def record(found: State, networks: list[Network], masks: Stack, early: Stack, tr
         network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": found.level,
                    "weights_remaining": float(f"{percent[n]:.6g}")}
         for step, *measures in evaluations:
-            numbers = [float(f"{measure[n]:.6g}") for measure in measures]
-            found.records.append(network | {"step": step} | dict(zip(columns, numbers, strict=True)))
+            row = network | {"step": step}
+            for column, measure in zip(columns, measures, strict=True):
+                row[column] = float(f"{measure[n]:.6g}")    # as many digits as metrics.csv has
+            found.records.append(row)
         # Copies: views would take the memory of the whole stack along.
         if arm in ("dense", "rewind"):
             found.trained[trial] = copied(pick(trained, n))
@@ -357,21 +362,23 @@ def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] 
 def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
     """Logits (nets, batch, 10) of a stack's networks, from images (sets, batch, 1, 28, 28).
 
-    The networks are a multiple of the sets, those that see one set side by side. With factors (sets, units, batch), one
-    for each dropout layer, units are dropped; without any, as when evaluating, none. Which layers it serves is found
-    out by `check_network`.
+    Each set of images is seen by as many networks, which follow each other: the arms of a trial, or in evaluation all.
+    With factors (sets, units, batch), one for each dropout layer, units are dropped; without any, none. Which layers it
+    serves is found out by `check_network`.
     """
     layers = list(network.named_children())
-    flatten = next(place for place, (_, layer) in enumerate(layers) if isinstance(layer, nn.Flatten))
-    nets = len(weights["output.bias"])
+    flatten = [isinstance(layer, nn.Flatten) for _, layer in layers].index(True)
     sets = len(images)
-    arms = nets // sets
+    per_set = len(weights["output.bias"]) // sets           # networks that see the same images
 
     if flatten == 0:
-        x = images.flatten(2).repeat_interleave(arms, 0)                                # (nets, batch, units)
+        x = images.flatten(2).repeat_interleave(per_set, 0)                             # (nets, batch, units)
     else:
-        x = torch.cat([convolve(layers[:flatten], pick(weights, slice(n * arms, (n + 1) * arms)), images[n])
-                       for n in range(sets)])
+        parts = []
+        for n in range(sets):
+            own = pick(weights, slice(n * per_set, (n + 1) * per_set))
+            parts.append(convolve(layers[:flatten], own, images[n]))
+        x = torch.cat(parts)
     x = x.mT                                                                            # (nets, units, batch)
 
     dropout = iter(dropout)
@@ -381,7 +388,8 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
         elif isinstance(layer, nn.Dropout):
             factor = next(dropout, None)
             if factor is not None:
-                x = (x.unflatten(0, (sets, arms)) * factor.unsqueeze(1)).flatten(0, 1)
+                by_set = x.unflatten(0, (sets, per_set)) * factor.unsqueeze(1)
+                x = by_set.flatten(0, 1)
         else:
             x = layer(x)                                                                # ReLU
     return x.mT
@@ -389,21 +397,22 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What a linear layer of every network makes of its own (nets, in, batch): (nets, out, batch)."""
-    operands = [bias.unsqueeze(2), weight, x]
+    bias = bias.unsqueeze(2)
     if len(weight) > 1:
-        return torch.baddbmm(*operands)
+        return torch.baddbmm(bias, weight, x)
     # A lone product is rounded otherwise than one of several: it gets a twin.
-    return torch.baddbmm(*(operand.expand(2, -1, -1) for operand in operands))[:1]
+    both = torch.baddbmm(bias.expand(2, -1, -1), weight.expand(2, -1, -1), x.expand(2, -1, -1))
+    return both[:1]
 
 
 def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> Tensor:
-    """What the layers before nn.Flatten make of images (batch, 1, 28, 28) for all arms: (arms, batch, units).
+    """What the layers before nn.Flatten make of images (batch, 1, 28, 28) for some networks: (nets, batch, units).
 
-    All arms see the same images, so their kernels (arms, out, in, height, width) go into one convolution, with a group
-    per arm from the second on. In channels-last memory this takes half the time of arm after arm.
+    All see the same images, so their kernels (nets, out, in, height, width) go into one convolution, with a group per
+    network from the second on. In channels-last memory this takes half the time of one after the other.
     """
     # One channel is contiguous in both layouts; oneDNN takes the fast path only if the strides say channels last.
-    x = x.as_strided(x.shape, (784, 1, 28, 1), x.storage_offset())
+    x = x.as_strided(x.shape, (784, 1, 28, 1))
     groups = 1
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -446,8 +455,8 @@ def masked(weights: Weights | Stack, masks: Masks) -> Weights:
     return {name: tensor * masks[name] if name in masks else tensor.clone() for name, tensor in weights.items()}
 
 
-def masks_at(pruned_at: Masks, level: int) -> Masks:
-    """The masks of a level, from the level at which each weight was pruned (0: never)."""
+def masks_at(pruned_at: Levels, level: int) -> Masks:
+    """The masks of a level."""
     return {name: ((levels == 0) | (levels > level)).float() for name, levels in pruned_at.items()}
 
 
@@ -472,7 +481,7 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
         return {name: remove_smallest(weights[name], mask, round(rates[name] * int(mask.sum())))
                 for name, mask in masks.items()}
 
-    (rate,) = set(rates.values())                           # one for all layers
+    rate = max(rates.values())                              # the same for all layers
     values = torch.cat([weights[name].flatten() for name in masks])
     mask = torch.cat([mask.flatten() for mask in masks.values()])
     mask = remove_smallest(values, mask, round(rate * int(mask.sum())))
@@ -586,7 +595,7 @@ def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str
     kept = 1.0                                              # share of the layer before
     for name, layer in layers.items():
         outputs, inputs, *kernel = layer.weight.shape
-        fewest = 10                                         # three units before ten classes: a straw man
+        fewest = 10                                         # three units before ten classes: an unfair rival
         if kernel:
             fewest = 1
         width = outputs
@@ -609,7 +618,7 @@ class Arm(NamedTuple):
     label: str                            # what it is, in figures and tables
     colour: str
     marker: str
-    late: bool = True                     # starts at REWIND_STEP and takes the remaining steps; else at step 0, and all
+    late: bool = True                     # starts at REWIND_STEP, for the remaining steps; else at step 0, for all
     controls: str = "both"                # what it has otherwise than the ticket: "weights" or "mask"
     question: str = ""                    # answered by the ticket's lead over this arm in accuracy
     kind: str = "difference"              # yes if the ticket is more accurate; "enough": if this arm is as accurate as
@@ -660,7 +669,7 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
           bar: tqdm) -> tuple[Stack, Stack, list[tuple]]:
     """Train a stack of networks, all arms of a trial side by side.
 
-    Networks that start at REWIND_STEP take the remaining steps only, with the batches and the dropout of these steps.
+    Networks that start at REWIND_STEP take the remaining steps only, with the level's batches and dropout of these.
     Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one before any step,
     (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the
     mean over the batches since the evaluation before. Raises UserError where a loss is not finite.
@@ -673,27 +682,29 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
 
     parameters = as_rows(weights).to(device)                                            # (nets, numbers)
     gradients = torch.zeros_like(parameters)
-    weights = {name: view.requires_grad_() for name, view in as_views(parameters, weights).items()}
     gradients_of = as_views(gradients, weights)
+    weights = as_views(parameters, weights)                 # what moves the rows moves these
+    for weight in weights.values():
+        weight.requires_grad_()
     masks = {name: mask.to(device) for name, mask in masks.items()}
     parameters.grad = gradients
     optimizer = torch.optim.AdamW([parameters], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
     begin = first_step(networks[0][0])
     end = EPOCHS * steps_per_epoch()
-    moments = evaluation_steps(end)
+    evaluate_at = evaluation_steps(end)
     order = batches(len(images), trials, level, device)
     dropout = dropout_factors(network, trials, level, device)
     early = copied(weights)
     loss_sum = torch.zeros(len(networks), device=device)
     since = 0                                               # steps since the last evaluation
     evaluations = [(begin, *evaluate_all(network, weights, data, loss_sum / since))]    # 0 / 0: no training loss yet
-    check_finite(evaluations[-1], networks, level)
+    check_finite(loss_sum, evaluations[-1], networks, level)
 
     for step in range(1, end + 1):
         batch = next(order)                                                             # (trials, batch)
         factors = next(dropout)
-        if step <= begin:                                   # the dense network has taken these steps
+        if step <= begin:                                   # taken once and for all by the dense network
             continue
 
         # predict
@@ -702,8 +713,8 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
         loss = losses(forward(network, weights, x, factors), y)                         # (nets,)
 
         # mask and clip the gradients
-        found = torch.autograd.grad(loss.sum(), list(weights.values()))
-        for name, gradient in zip(weights, found, strict=True):
+        unmasked = torch.autograd.grad(loss.sum(), list(weights.values()))
+        for name, gradient in zip(weights, unmasked, strict=True):
             torch.mul(gradient, masks.get(name, 1), out=gradients_of[name])
         if CLIP_NORM is not None:
             clip_per_network(gradients, CLIP_NORM)
@@ -717,9 +728,9 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
         # look at where they are
         if step == REWIND_STEP:
             early = copied(weights)
-        if step in moments:
+        if step in evaluate_at:
             evaluations.append((step, *evaluate_all(network, weights, data, loss_sum / since)))
-            check_finite(evaluations[-1], networks, level)
+            check_finite(loss_sum, evaluations[-1], networks, level)
             loss_sum.zero_()
             since = 0
 
@@ -754,8 +765,8 @@ def dropout_factors(network: nn.Sequential, trials: list[int], level: int,
     decides about a unit: drawn by 64 random bits, they cost a fraction of what `bernoulli_` does.
     """
     sizes = [units * BATCH_SIZE for units in dropped_units(network)]
-    if DROPOUT == 0 or not sizes:
-        yield from itertools.repeat([])
+    while DROPOUT == 0 or not sizes:
+        yield []
     randoms = [generator("dropout", trial, level, device) for trial in trials]
     bits = torch.empty(len(trials), math.ceil(sum(sizes) / 4), dtype=torch.int64, device=device)
     threshold = round(DROPOUT * 2**16) - 2**15
@@ -802,11 +813,11 @@ def evaluate(network: nn.Sequential, weights: Stack, images: Tensor, labels: Ten
     return loss / len(images), 100 * correct / len(images)
 
 
-def check_finite(evaluation: tuple, networks: list[Network], level: int) -> None:
-    """Raise UserError where a network's loss is not finite."""
-    step, train_loss, val_loss, *_ = evaluation
-    trained = train_loss.isfinite() | (step == first_step(networks[0][0]))
-    for (arm, trial), finite in zip(networks, (trained & val_loss.isfinite()).tolist(), strict=True):
+def check_finite(loss_sum: Tensor, evaluation: tuple, networks: list[Network], level: int) -> None:
+    """Raise UserError where a network's loss, in training or on the validation images, is not finite."""
+    step, _, val_loss, *_ = evaluation
+    sound = (loss_sum.cpu() + val_loss).isfinite()
+    for (arm, trial), finite in zip(networks, sound.tolist(), strict=True):
         if not finite:
             raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite by "
                             f"step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
@@ -851,21 +862,21 @@ def as_views(rows: Tensor, shapes: Stack) -> Stack:
 
 
 def prepare_device() -> torch.device:
-    """DEVICE, set up; each of several processes gets a GPU of its own. Raises UserError where there is no such one."""
+    """DEVICE, set up; several processes take a machine's GPUs in turn. Raises UserError where it cannot be used."""
     torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
-    device = DEVICE
+    name = DEVICE
     if DEVICE == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.is_available():
-        device = f"cuda:{process()[0] % torch.cuda.device_count()}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{process()[0] % torch.cuda.device_count()}"
     try:
-        found = torch.zeros(1, device=device).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"DEVICE={DEVICE} cannot be used here: DEVICE=auto takes what there is.") from None
-    if found.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False             # of products, PyTorch rounds no factors by itself
-        torch.cuda.set_device(found)
-    return found
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False             # for products, PyTorch has it off by itself
+        torch.cuda.set_device(device)
+    return device
 
 
 # ======================================================================================================================
@@ -1070,8 +1081,10 @@ def label(results: Results, arm: str) -> str:
 def run_in_words(results: Results) -> str:
     """What identifies a run."""
     constants = results.constants
+    pixels = {"standardised": "standardised pixels", "unit_interval": "pixels from 0 to 1",
+              "unit_length": "images of unit length"}[constants["PIXELS"]]
     words = [constants["DATASET"].replace("FashionMNIST", "Fashion-MNIST"), build_network(constants["MODEL"], 0).name,
-             f"{constants['PIXELS'].replace('_', ' ')} pixels", count(constants["EPOCHS"], "epoch")]
+             pixels, count(constants["EPOCHS"], "epoch")]
     if constants["REWIND_STEP"] > 0:
         words.append(f"rewound to step {constants['REWIND_STEP']}")
     return ", ".join(words)
@@ -1147,13 +1160,25 @@ def verdict(results: Results) -> list[str]:
 
     (level,) = levels_near(networks, 21.1)
     where = f"With {left(results, level)} of the weights"
-    over = [f"{points(leads(networks, 'rewind', arm, level))} over {label(results, arm)}" for arm in arms[1:]
-            if not np.isnan(leads(networks, "rewind", arm, level)).any()]
-    if over:
-        sentences.append(f"{where}, the ticket's lead in points is {'; '.join(over)}.")
+    if "reinit" in arms:
+        lead = points(leads(networks, "rewind", "reinit", level))
+        sentences.append(f"{where}, the ticket's lead over networks {label(results, 'reinit')} is {lead} points.")
+    if len(arms) > 2 and len(dense) >= 3:
+        sentences.append(f"It is ahead of {len(beaten(networks, level))} of {len(arms) - 1} other arms.")
     masked = mean_accuracy(networks, "start_accuracy", "rewind", level)
+    sentences.append(f"{where}, tickets that are merely masked, {untrained(results)}, have {masked} % test accuracy.")
+    return sentences
+
+
+def beaten(networks: pd.DataFrame, level: int) -> list[str]:
+    """The arms that the ticket is ahead of."""
+    return [arm for arm in arms_of(networks)[1:] if decide(leads(networks, "rewind", arm, level)) == "yes"]
+
+
+def untrained(results: Results) -> str:
+    """How far networks have come that are masked, but have taken no step since."""
     step = results.constants["REWIND_STEP"]
-    return [*sentences, f"{where}, tickets have {masked} % test accuracy when merely masked, at step {step}."]
+    return f"at step {step}" if step > 0 else "not trained at all"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -1261,6 +1286,9 @@ def summary(results: Results) -> str:
         text += "## Level by level\n\n" + level_table(results, [arm for arm in arms if arm not in others])
         if others:
             text += f"<details>\n<summary>The other arms</summary>\n\n{level_table(results, others)}</details>\n\n"
+    if constants["REWIND_STEP"] > 0:
+        later = f"weights of step {constants['REWIND_STEP']}"
+        text = text.replace("original initial weights", later).replace("original weights", later)
     lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
     return text + f"## Constants and versions\n\n```\n{lines}\n```\n\n" + results.provenance.rstrip("\n") + "\n"
 
@@ -1270,8 +1298,7 @@ def summary(results: Results) -> str:
 STYLE = {
     "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "figure.titlesize": 16, "figure.titleweight": "bold",
     "axes.titlesize": 13, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.88",
-    "savefig.dpi": 150, "savefig.format": "png"}
+    "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.88"}
 GREY = "0.35"                         # of the dense networks, and of what belongs to no arm
 
 
@@ -1439,8 +1466,7 @@ def supermask_plot(results: Results) -> Figure:
     """Test accuracy before an arm's first step: what its mask and its weights are good for without training."""
     networks = results.networks
     best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
-    step = results.constants["REWIND_STEP"]
-    title = f"Merely masked, at step {step}, tickets have up to {best['rewind']:.1f} % accuracy"
+    title = f"Tickets that are merely masked, {untrained(results)}, have up to {best['rewind']:.1f} % test accuracy"
     figure, (axes,) = new_figure(results, title, "means and ranges", [""], (10, 5.6))
     scale_weights_remaining(axes, networks)
     axes.set(ylim=(0, 100), ylabel="test accuracy when merely masked (%)")
@@ -1458,8 +1484,7 @@ def leads_plot(results: Results) -> Figure:
     levels = levels_near(networks, 21.1, 7.0, 3.6)
     panels = [f"{left(results, level)} of the weights" for level in levels]
     arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
-    ahead = [arm for arm in arms if decide(leads(networks, "rewind", arm, levels[0])) == "yes"]
-    title = f"With {panels[0]}, the ticket is ahead of {len(ahead)} of {len(arms)} other arms"
+    title = f"With {panels[0]}, the ticket is ahead of {len(beaten(networks, levels[0]))} of {len(arms)} other arms"
     if results.constants["TRIALS"] < 3:
         title = "The ticket's lead over other arms: too few trials to tell"
     figure, row = new_figure(results, title, "paired differences: means and 95 % intervals", panels,
@@ -1471,6 +1496,7 @@ def leads_plot(results: Results) -> Figure:
             axes.errorbar(mean, place, xerr=half, capsize=4, **drawn_as(arm))
         axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="the ticket's lead (points)")
         axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
     row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
     return figure
 
@@ -1520,7 +1546,8 @@ def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float
     ticks = [0, steps[1], *[tick for tick in (100, 1_000, 10_000, 100_000) if steps[1] < tick <= steps[-1]]]
     axes.set_xscale("symlog", linthresh=steps[1], linscale=0.4)
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axes.set_yscale("function", functions=(lambda percent: -np.log(100.5 - percent), lambda y: 100.5 - np.exp(-y)))
+    axes.set_yscale("function", functions=(
+        lambda percent: -np.log(np.maximum(100.5 - percent, 1e-9)), lambda y: 100.5 - np.exp(-y)))
     axes.set_yticks([0, 50, 80, 90, 95, 98, 99])
     axes.minorticks_off()
     axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step", ylabel="")
@@ -1554,13 +1581,14 @@ def mask_plot(results: Results) -> Figure:
     if results.image is not None:
         bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
         held = 100 * shares[-1][bright].sum() / shares[-1].sum()
-        title = f"With {panels[-1]}, the brightest quarter of the pixels holds {held:.0f} % of the first layer's"
+        title = (f"With {panels[-1]} left, {held:.0f} % of the first layer's lie on the quarter of the pixels that is "
+                 "brightest on average")
         panels.insert(0, "mean training image")
     figure, row = new_figure(results, title, "means", panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
     if results.image is not None:
-        row[0].imshow(results.image, cmap="gray_r")
+        row[0].imshow(results.image.numpy(), cmap="gray_r")
     for axes, share in zip(row[-len(levels):], shares, strict=True):
-        relative = (share / share.mean()).clip(0.5, 2).view(28, 28)
+        relative = (share / share.mean()).clip(0.5, 2).view(28, 28).numpy()
         picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
     for axes in row:
         axes.set_axis_off()
@@ -1654,7 +1682,7 @@ def identity(device: torch.device) -> dict:
     """What two runs have in common if one can go on with the other's results: the constants that numbers depend on,
     and what computes them. The number of threads is no part of it: it changes no bit of an MLP."""
     settings = {name: value for name, value in constants().items()
-                if name not in ("LEVELS", "MATCHING_MARGIN", "DATA_DIR", "RESULTS_DIR", "DEVICE")}
+                if name not in ("LEVELS", "DATA_DIR", "RESULTS_DIR", "DEVICE")}
     if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
         settings["TICKETS_FROM"] = sum_of_file(TICKETS_FROM)
     return settings | {"version of the script": VERSION, "data": CONTENTS[DATASET], "torch": str(torch.__version__),
@@ -1663,9 +1691,13 @@ def identity(device: torch.device) -> dict:
 
 def read_checkpoint(folder: Path) -> tuple[dict, State]:
     """Whose the folder's checkpoint is, and its state; nobody's, and a new one, where there is none that is whole."""
+    if not (folder / "checkpoint.pt").exists():
+        return {}, State()
     try:
         saved = read_saved(folder / "checkpoint.pt")
         return saved["identity"], State(**saved["state"])
+    except OSError:                                         # such as a disk that is away for the moment
+        raise
     except Exception:                                       # a damaged file can fail in any way
         return {}, State()
 
@@ -1729,25 +1761,32 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> None:
 
 def write_results(state: State, data: Dataset, notes: list[str], folder: Path) -> Results:
     """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
-    device = data["train"][0].device
     if not metrics_of(state).startswith(existing_metrics(folder)):
         move_to_previous(folder, OUTPUTS[1:])               # of the same run, but of more levels; or another's
     state = up_to_level(state, LEVELS)
     write_whole(folder / "metrics.csv", metrics_of(state))
-    pruned_at = stack([state.pruned_at[trial] for trial in range(TRIALS)])
-    image = data["train"][0].mean(0).squeeze(0).cpu()
-    theta0 = stack([state.theta[trial] for trial in range(TRIALS)])
-    tickets = {"constants": constants() | {"LEVELS": state.level}, "theta0": theta0, "pruned_at": pruned_at,
-               "mean_image": image}
+    tickets = {"constants": constants() | {"LEVELS": state.level},
+               "theta0": stack([state.theta[trial] for trial in range(TRIALS)]),
+               "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)]),
+               "mean_image": data["train"][0].mean(0).squeeze(0).cpu()}
     write_whole(folder / "tickets.pt", packed(tickets))
-
-    records = pd.DataFrame(state.records)
-    first_layer = next(iter(pruned_at.values()))
-    if first_layer.ndim > 3:                                # a convolution's weights belong to no pixel
-        first_layer = None
-    results = Results(records, measure(records), constants(), provenance(notes, device), first_layer, image)
+    results = read_results(folder, constants(), provenance(notes, data["train"][0].device))
     draw(results, folder)
     return results
+
+
+def read_results(folder: Path, settings: dict, below: str) -> Results:
+    """What lies in a folder, as its summary and figures need it. Raises OSError or ValueError without metrics.csv."""
+    records = pd.read_csv(folder / "metrics.csv")
+    first_layer = None
+    image = None
+    with contextlib.suppress(UserError):
+        tickets = load_tickets(folder / "tickets.pt")
+        image = tickets["mean_image"]
+        weights = next(iter(tickets["pruned_at"].values()))
+        if weights.ndim == 3:                               # a convolution's belong to no pixel
+            first_layer = weights
+    return Results(records, measure(records), settings, below, first_layer, image)
 
 
 def up_to_level(state: State, level: int) -> State:
@@ -1792,23 +1831,14 @@ def redraw(folder: str | Path) -> None:
     mask figure stays as it is where there is none). Raises UserError where they cannot be read."""
     folder = beside_script(folder)
     try:
-        records = pd.read_csv(folder / "metrics.csv")
         text = (folder / "summary.md").read_text(encoding="utf-8")
         block, below = text.split("## Constants and versions\n\n```\n")[1].split("```\n", 1)
         settings = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", block, re.M)}
-        networks = measure(records)
-    except (OSError, ValueError, SyntaxError, IndexError, KeyError) as error:
+        results = read_results(folder, settings, below.strip())
+    except (OSError, ValueError, SyntaxError, LookupError) as error:
         raise UserError(f"{folder} holds no results that can be drawn ({error}): it needs metrics.csv and summary.md "
                         "of a run.") from None
-    first_layer = None
-    image = None
-    with contextlib.suppress(UserError):
-        tickets = load_tickets(folder / "tickets.pt")
-        image = tickets["mean_image"]
-        weights = next(iter(tickets["pruned_at"].values()))
-        if weights.ndim == 3:                               # a convolution's belong to no pixel
-            first_layer = weights
-    draw(Results(records, networks, settings, below.strip(), first_layer, image), folder)
+    draw(results, folder)
 
 
 # ---- Tickets that are kept -------------------------------------------------------------------------------------------
@@ -1988,7 +2018,6 @@ CHECKS = {
     "WEIGHT_DECAY": (float, "a number of at least 0", lambda decay: 0 <= decay < math.inf),
     "CLIP_NORM": (float | None, "a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
     "EVAL_EVERY": (int, "a whole number, 1 or more", lambda steps: steps >= 1),
-    "MATCHING_MARGIN": (float, "a number of at least 0", lambda margin: 0 <= margin < math.inf),
     "DATA_DIR": (str, "a folder's path", is_path),
     "RESULTS_DIR": (str, "a folder's path", is_path),
     "DEVICE": (str, "auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch),

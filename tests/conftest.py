@@ -1,25 +1,31 @@
 """What several tests need: the script as a module with constants of the test's own, and the script as a process."""
 
-import csv
+import contextlib
+import importlib.util
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
 
 import lth_pruning
 
 SCRIPT = Path(lth_pruning.__file__)
+DEFAULTS = lth_pruning.constants()
+BAR = tqdm(disable=True)
 
 # A shell's background jobs ignore Ctrl-C, and hand that on: the scripts that the tests start are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-DEFAULTS = lth_pruning.constants()
-FIGURES = {"accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png",
-           "early_stopping_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png"}
 
 # A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
 REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
@@ -27,80 +33,27 @@ REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100
 TINY = ("TRIALS=2", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=1000", "EVAL_EVERY=55")
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
+def command(folder: Path, *arguments: str, script: Path = SCRIPT) -> list[str]:
     """The command line of a run that writes to a folder, on the CPU: only there are results the same to the bit."""
-    return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
+    return [sys.executable, str(script), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
 
 
-def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run_script(folder: Path, *arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess:
     """Run the script as a user does, to its end."""
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(folder, *arguments, script=script), capture_output=True, text=True, timeout=240,
+                          env=os.environ | environment)
 
 
-def run_here(lth, folder: Path, *arguments: str) -> None:
-    """Run the script's main in this process: it saves the seconds that a new one takes for its imports.
-
-    Afterwards the constants are again what they were before.
-    """
-    lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """metrics.csv; before the first step there is no training loss: nan."""
+    return pd.read_csv(folder / "metrics.csv")
 
 
-def expected_figures(folder: Path) -> set[str]:
-    """The figures that a run gives, by the arms in its metrics.csv.
-
-    The figure of moments is among them where, at some level, more than half of an arm's networks have their lowest
-    validation loss neither in the last 5 % of the steps nor at the last two evaluations, or come to the validation
-    accuracy that their trial's dense network ends at.
-    """
-    records = pd.read_csv(folder / "metrics.csv").dropna(subset="train_loss")           # after some training
-    arms = {*records["arm"]} - {"dense"}
-    figures = {"learning_curves.png"}
-    if arms:
-        figures |= {"accuracy_plot_iterative.png", "comparison_plot.png", "mask_plot.png", "supermask_plot.png"}
-    figures |= {figure for arm, figure in (("reinit", "accuracy_plot_reinit.png"), ("transfer", "transfer_plot.png"))
-                if arm in arms}
-    steps = sorted({*records["step"]})
-    too_late = {*steps[-2:], *(step for step in steps if step >= 0.95 * steps[-1])}
-    for (arm, _), networks in records.groupby(["arm", "level"]):
-        stopped, caught_up = [], []
-        for trial, rows in networks.groupby("trial"):
-            dense = records[(records["arm"] == "dense") & (records["trial"] == trial)].sort_values("step").iloc[-1]
-            stopped.append(rows.loc[rows["val_loss"].idxmin(), "step"] not in too_late)
-            caught_up.append((rows["val_accuracy"] >= dense["val_accuracy"]).any())
-        if arm != "dense" and max(sum(stopped), sum(caught_up)) > len(stopped) / 2:
-            figures.add("early_stopping_plot.png")
-    return figures
-
-
-def flip(content: bytes, place: int) -> bytes:
-    """The content with one bit of one byte turned over."""
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.csv, numbers as numbers; before the first step there is no training loss: None."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{name: value if name in ("dataset", "model", "arm") else float(value) if value else None
-                 for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def accuracies(rows: list[dict], arm: str, level: int) -> list[float]:
-    """Test accuracies after the last step, by trial."""
-    last = max(row["step"] for row in rows)
-    rows = [row for row in rows if (row["arm"], row["level"], row["step"]) == (arm, level, last)]
-    return [row["test_accuracy"] for row in sorted(rows, key=lambda row: row["trial"])]
-
-
-def at_early_stop(rows: list[dict], arm: str, level: int) -> list[float]:
-    """Test accuracies at the evaluation with the lowest validation loss, the first of equal ones, by trial.
-
-    The evaluation before the first step is none of them.
-    """
-    by_trial = {}
-    for row in sorted(rows, key=lambda row: (row["trial"], row["step"])):
-        if (row["arm"], row["level"]) == (arm, level) and row["train_loss"] is not None:
-            by_trial.setdefault(row["trial"], []).append(row)
-    return [min(found, key=lambda row: row["val_loss"])["test_accuracy"] for found in by_trial.values()]
+def flip(path: Path, place: int) -> None:
+    """Turn one bit of one byte of a file over."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -119,19 +72,14 @@ def mnist():
 
 
 @pytest.fixture
-def small(lth, mnist, monkeypatch):
-    """For runs in this process of which only the machinery matters: 11,000 training images, 1,000 each to evaluate."""
+def few(lth, mnist, monkeypatch):
+    """For runs in this process of which only the machinery matters: 11,000 training images, 1,000 each to evaluate, so
+    that TINY has 11 steps. (The fixture mnist has been loaded before with all of them.)"""
     lth.use(VALIDATION_SIZE=49_000)
     sizes = {"train": 11_000, "validation": 1_000, "test": 1_000}
     parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
     monkeypatch.setattr(lth, "load_dataset", lambda _: parts)
     return parts
-
-
-@pytest.fixture
-def no_figures(lth, monkeypatch):
-    """For runs of which only the numbers matter: drawing takes longer than their training."""
-    monkeypatch.setattr(lth, "draw_figures", lambda *_: {})
 
 
 @pytest.fixture
@@ -146,3 +94,145 @@ def reduced_run(tmp_path_factory):
     """One run of the reduced experiment for all tests that look at its output: (folder, finished process)."""
     folder = tmp_path_factory.mktemp("reduced")
     return folder, run_script(folder, *REDUCED)
+
+
+def seeded(purpose: str, trial: int = 0, level: int = 0, seed: int = DEFAULTS["SEED"]) -> torch.Generator:
+    """The recipe for the random numbers of a purpose, written a second time."""
+    words = np.random.SeedSequence([seed, trial, level, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0]))
+
+
+def own_network(_model: str, dropout: float) -> nn.Sequential:
+    """A user's own network: kernels that are not square, a stride, uneven padding, overlapping pools."""
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(1, 5, (5, 3), stride=2, padding=(2, 1)), relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(3, stride=2, padding=1), conv2=nn.Conv2d(5, 4, (1, 3)), flatten=nn.Flatten(),
+        relu2=nn.ReLU(), fc1=nn.Linear(140, 20), tanh1=nn.Tanh(), drop1=nn.Dropout(dropout), output=nn.Linear(20, 10)))
+
+
+def use_model(lth, model: str) -> None:
+    """Set MODEL; "own" is the network above."""
+    lth.use(MODEL=model)
+    if model == "own":
+        lth.use(build_network=own_network)
+
+
+# Two steps per network: only the files matter. To be had with the fixture `few`, in a second.
+QUICK = ("TRIALS=1", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=500", "VALIDATION_SIZE=59000")
+
+
+def run_here(lth, folder: Path, *arguments: str) -> None:
+    """Run the script's main in this process: it saves the seconds that a new one takes for its imports."""
+    lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
+
+
+def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
+    """A copy of the script, edited, as a module that `sys.modules` does not know; it draws nothing."""
+    text = SCRIPT.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = Path(tempfile.mkdtemp(dir=folder)) / "edited.py"
+    path.write_text(text)
+    specification = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.load_dataset = lambda _: data
+    module.draw_figures = lambda results: {}
+    return module
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def check_same_results(one: Path, other: Path) -> None:
+    """The same metrics to the byte, and the same tickets."""
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    tickets, others = (torch.load(folder / "tickets.pt", weights_only=True) for folder in (one, other))
+    for kind in ("theta0", "pruned_at"):
+        assert tickets[kind].keys() == others[kind].keys()
+        assert all(torch.equal(tensor, others[kind][name]) for name, tensor in tickets[kind].items())
+
+
+@pytest.fixture
+def undrawn(few, lth):
+    """Like `few`, and without figures, which take longer than such a training."""
+    lth.use(draw_figures=lambda results: {})
+    return few
+
+
+@contextlib.contextmanager
+def at_each_level(lth, happens):
+    """Within, `happens` is called with the level before each training of a stack."""
+    train = lth.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lth, "train", lambda *given: happens(given[4]) or train(*given))
+        yield
+
+
+def run_until(lth, level: int, folder: Path, *arguments: str, error: BaseException | None = None) -> None:
+    """Run until the training of a level begins: there comes Ctrl-C, or another error."""
+    def end(begun: int) -> None:
+        if begun == level:
+            raise error or KeyboardInterrupt
+
+    with at_each_level(lth, end):
+        run_here(lth, folder, *arguments)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder, those of its sub-folders not."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def as_program(lth, *arguments: str) -> int:
+    """Run the last lines of the script, which make it a program, on the module's functions: the exit code."""
+    text = SCRIPT.read_text()
+    lines = text[text.rindex('\nif __name__ == "__main__":'):]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), "DEVICE=cpu", *arguments])
+        try:
+            exec(compile(lines, str(SCRIPT), "exec"), vars(lth) | {"__name__": "__main__"})
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def the_previous(folder: Path) -> dict[str, bytes]:
+    """What was moved to previous/, at the one time when something was."""
+    (previous,) = (folder / "previous").iterdir()
+    return contents(previous)
+
+
+def sketch(results) -> dict[str, Figure]:
+    """In the place of the figures: two, one of them of masks where there are some."""
+    drawn = ["comparison_plot.png"] + ["mask_plot.png"] * (results.first_layer is not None)
+    return {name: Figure((1, 1)) for name in drawn}
+
+
+def run_without_training(lth, folder: Path, *arguments: str) -> None:
+    """Run what must have nothing left to train."""
+    run_until(lth, 0, folder, *arguments, error=AssertionError("it trains"))
+
+
+def torchrun(processes: int, folder: Path, *options: str, shell: str = "") -> subprocess.Popen:
+    """Start the script in several processes, after a shell command. Options are torchrun's (--), or the script's."""
+    ours = [option for option in options if not option.startswith("--")]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+             *sorted({*options} - {*ours}), *command(folder, *ours)[1:]]
+    return subprocess.Popen(["bash", "-c", f'{shell} exec "$@"', "bash", *words], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The number of the process that torchrun started with this rank to write to the folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, words = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+        except OSError:                                     # it has ended meanwhile
+            continue
+        if f"RANK={rank}".encode() in environment and f"RESULTS_DIR={folder}".encode() in words:
+            return int(process.name)
+    raise AssertionError("no such process")

@@ -1,164 +1,149 @@
-"""The data: split, normalisation, and archives and files that are damaged, missing or not what they should be."""
+"""The data: against the archives' own bytes, and with files that are missing, damaged or another data set's."""
 
 import gzip
 import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPT, TINY, flip, run_here
+from conftest import SCRIPT, flip, seeded
 
 ARCHIVES = SCRIPT.parent / "data" / "MNIST" / "raw"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+GZIPPED = tuple(f"{name}.gz" for name in FILES)
 
 
 @pytest.fixture
-def raw(tmp_path, lth):
-    """A data folder of the test's own with MNIST's four archives."""
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in ARCHIVES.glob("*.gz"):
-        shutil.copy(archive, raw)
-    lth.use(DATA_DIR=str(tmp_path / "data"))
+def raw(tmp_path, lth, monkeypatch):
+    """MNIST's four archives in a DATA_DIR of the test's own, nothing unpacked; nobody is there to download from."""
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "*")
+    shutil.copytree(ARCHIVES, tmp_path / "MNIST" / "raw", ignore=lambda _, names: set(names) - set(GZIPPED))
+    lth.use(DATA_DIR=str(tmp_path))
+    return tmp_path / "MNIST" / "raw"
+
+
+@pytest.fixture
+def unpacked(lth, raw):
+    """The same folder with the files instead of the archives."""
+    lth.read_images()
+    for name in GZIPPED:
+        (raw / name).unlink()
     return raw
 
 
-@pytest.fixture
-def no_network(lth, monkeypatch):
-    def fail(*_args, **_kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(lth, "download_url", fail)
-
-
-def unpack(raw):
-    """Leave the files of the archives, without the archives."""
-    for archive in raw.glob("*.gz"):
-        archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
-        archive.unlink()
+def refusal(lth) -> str:
+    """The one sentence with which the data is refused."""
+    with pytest.raises(lth.UserError) as caught:
+        lth.load_dataset(torch.device("cpu"))
+    (sentence,) = str(caught.value).splitlines()
+    return sentence
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """MNIST as torchvision reads it: (training part, test part)."""
-    root = tmp_path_factory.mktemp("torchvision")
-    shutil.copytree(ARCHIVES, root / "MNIST" / "raw")
-    return [torchvision.datasets.MNIST(root, train=train, download=True) for train in (True, False)]
-
-
-def test_split_and_normalisation(mnist, source):
-    sizes = {name: (len(images), len(labels)) for name, (images, labels) in mnist.items()}
-    assert sizes == {"train": (55_000, 55_000), "validation": (5_000, 5_000), "test": (10_000, 10_000)}
-    images = mnist["train"][0].numpy().astype(np.float64)
-    assert abs(images.mean()) < 1e-4
-    assert abs(images.std() - 1) < 1e-4
-    pixels, values = source[1].data.double().flatten(), mnist["test"][0].double().flatten()
-    slope, offset = np.polyfit(values[:50_000], pixels[:50_000], 1)         # one affine map undoes it for all images
-    torch.testing.assert_close(values * slope + offset, pixels, atol=1e-3, rtol=0)
-    assert torch.equal(mnist["test"][1], source[1].targets)
-
-
-def test_pixels_as_they_are_and_each_image_by_its_own_norm(lth, source):
-    pixels = source[1].data.numpy().astype(np.float64)
-    norms = np.linalg.norm(pixels.reshape(-1, 784), axis=1)
-    for scale, expected in ("unit_interval", pixels / 255), ("unit_length", pixels / norms[:, None, None]):
-        lth.use(PIXELS=scale)
-        images = lth.load_dataset(torch.device("cpu"))["test"][0].numpy()
-        np.testing.assert_allclose(images[:, 0], expected, rtol=1e-5, atol=1e-8)
-
-
-def test_training_and_validation_images_part_the_60000(mnist, source):
-    together = torch.cat([mnist["train"][1], mnist["validation"][1]])
-    assert torch.equal(together.bincount(), source[0].targets.bincount())
-    # Every image's sum of pixels is found again just as often: none is in both parts, none is lost.
-    sums = torch.cat([mnist["train"][0], mnist["validation"][0]]).flatten(1).sum(1)
-    ranks, original = sums.sort().values, source[0].data.flatten(1).sum(1).float().sort().values
-    assert np.corrcoef(ranks.numpy(), original.numpy())[0, 1] > 0.9999999
-
-
-def test_archives_count_whatever_lies_beside_them_and_the_folder_is_left_alone(lth, raw, no_network, mnist):
-    """A damaged unpacked file beside its sound archive does no harm; a read-only folder would do."""
-    (raw / "train-labels-idx1-ubyte").write_bytes(b"half a file")
-    before = {path: path.read_bytes() for path in raw.iterdir()}
+@pytest.mark.parametrize("scale", ["standardised", "unit_interval", "unit_length"])
+def test_every_image_is_in_one_part_with_its_own_label_and_scaled_as_asked(lth, scale):
+    """SEED's permutation of the 60,000 tells in which; the 10,000 to test stay as they are. Mean and deviation are the
+    training part's: nothing of the others goes in."""
+    lth.use(SEED=43, VALIDATION_SIZE=3_000, PIXELS=scale)
     data = lth.load_dataset(torch.device("cpu"))
-    assert all(torch.equal(data[name][part], mnist[name][part]) for name in mnist for part in (0, 1))
-    assert {path: path.read_bytes() for path in raw.iterdir()} == before
+    images, labels, test_images, test_labels = (
+        np.frombuffer(gzip.decompress((ARCHIVES / name).read_bytes()), np.uint8) for name in GZIPPED)
+    images, test_images = (pixels[16:].reshape(-1, 28, 28) for pixels in (images, test_images))
+    order = torch.randperm(60_000, generator=seeded("split", seed=43)).numpy()
+    parts = {name: (images[places], labels[8:][places])
+             for name, places in (("validation", order[:3_000]), ("train", order[3_000:]))}
+    parts["test"] = (test_images, test_labels[8:])
+    shares = np.bincount(parts["train"][0].ravel(), minlength=256) / (57_000 * 784)
+    values = np.arange(256) / 255
+    mean = values @ shares
+    deviation = ((values - mean) ** 2 @ shares) ** 0.5
+    for name, (pixels, classes) in parts.items():
+        expected = pixels[::20] / 255
+        if scale == "standardised":
+            expected = (expected - mean) / deviation
+        elif scale == "unit_length":
+            expected = expected / np.linalg.norm(expected, axis=(1, 2), keepdims=True)
+        assert data[name][0].shape == (len(pixels), 1, 28, 28) and data[name][0].dtype == torch.float
+        np.testing.assert_allclose(data[name][0][::20, 0].numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(data[name][1], classes)
 
 
-def test_unpacked_files_alone_will_do(lth, raw, no_network, mnist):
-    unpack(raw)
-    assert torch.equal(lth.load_dataset(torch.device("cpu"))["train"][0], mnist["train"][0])
+DAMAGE = {
+    "bit": lambda path: flip(path, 5_000), "half": lambda path: path.write_bytes(path.read_bytes()[:6_000]),
+    "empty": lambda path: path.write_bytes(b""), "missing": Path.unlink,
+    "folder": lambda path: (path.unlink(), path.mkdir())}
 
 
-@pytest.mark.parametrize(("damage", "word"), [
-    (lambda content: content[:100_000], "damaged"), (lambda content: flip(content, 500_000), "damaged"),
-    (lambda content: b"", "damaged"), (None, "missing")], ids=["half", "bits", "empty", "missing"])
-def test_an_archive_that_fails_its_sum_is_refused(lth, raw, no_network, damage, word):
-    """And is not replaced by an unpacked file, whose sum nobody knows."""
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", [FILES[0], FILES[3]])
+def test_an_unpacked_file_that_is_damaged_is_refused(lth, unpacked, name, how):
+    """torchvision looks at no sums of unpacked files: it believes them, or fails over them in many ways."""
+    DAMAGE[how](unpacked / name)
+    sentence = refusal(lth)
+    if how == "bit":
+        assert sentence.startswith(f"what lies unpacked in {unpacked} is not MNIST, or is damaged: remove ")
+    else:                                                   # some reason is given
+        assert sentence.startswith(f"MNIST could not be read in {unpacked} (") and " ()" not in sentence
+        assert "remove what lies unpacked" in sentence
+
+
+def test_another_data_sets_files_are_refused(lth, unpacked):
+    """Fashion-MNIST's have the same names and sizes as MNIST's."""
+    lth.use(DATASET="FashionMNIST")
+    fashion = unpacked.parents[1] / "FashionMNIST" / "raw"
+    shutil.copytree(unpacked, fashion)
+    assert refusal(lth).startswith(f"what lies unpacked in {fashion} is not FashionMNIST, or is damaged: remove ")
+
+
+@pytest.mark.parametrize("how", [*DAMAGE, "taken for DATA_DIR"])
+def test_an_archive_that_is_damaged_is_refused_where_there_is_no_network(lth, raw, how):
     archive = raw / "t10k-images-idx3-ubyte.gz"
-    content = archive.read_bytes()
-    if damage is None:
-        archive.unlink()
-    else:
-        archive.with_suffix("").write_bytes(gzip.decompress(content))
-        archive.write_bytes(damage(content))
-    with pytest.raises(lth.UserError) as caught:
-        lth.load_dataset(torch.device("cpu"))
-    assert str(caught.value).startswith(f"{archive} is {word} and could not be downloaded (no network)")
-    assert "9fb629c4189551a2d022fa330f9573f3" in str(caught.value) and "\n" not in str(caught.value)
+    DAMAGE.get(how, lambda archive: lth.use(DATA_DIR=str(archive)))(archive)
+    sentence = refusal(lth)
+    assert sentence.startswith(f"MNIST could not be read in {lth.DATA_DIR}/MNIST/raw (") and " ()" not in sentence
+    assert ("urlopen error" in sentence) == (how in DAMAGE)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_damaged_or_missing_archive_is_downloaded(lth, raw, monkeypatch, mnist, there):
-    """By torchvision, from the first mirror that has it."""
-    archive, asked = raw / "train-images-idx3-ubyte.gz", []
-    sound = archive.read_bytes()
-    archive.write_bytes(sound[:1000]) if there else archive.unlink()
-
-    def download(url, root, md5):
-        asked.append(url)
-        if len(asked) == 2:
-            (raw / url.rpartition("/")[2]).write_bytes(sound)
-        elif not lth.check_integrity(raw / url.rpartition("/")[2], md5):
-            raise RuntimeError("File not found or corrupted.")
-
-    monkeypatch.setattr(lth, "download_url", download)
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://one/", "http://two/"])
-    assert torch.equal(lth.load_dataset(torch.device("cpu"))["train"][0], mnist["train"][0])
-    assert asked[:2] == ["http://one/train-images-idx3-ubyte.gz", "http://two/train-images-idx3-ubyte.gz"]
+def test_a_host_that_does_not_answer_is_given_up(lth, raw, monkeypatch):
+    """After 30 seconds, here a hundredth of them; sockets elsewhere in this process keep their own patience."""
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda time: set_timeout(time / 100 if time == 30 else time))
+    (raw / "t10k-images-idx3-ubyte.gz").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as silent:                      # takes calls, and says nothing
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
+        hang_up = threading.Timer(8, silent.shutdown, [socket.SHUT_RDWR])       # at the latest: no test waits for ever
+        hang_up.start()
+        assert "timed out" in refusal(lth)
+        hang_up.cancel()
+    assert socket.getdefaulttimeout() is None
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("train-images-idx3-ubyte", lambda content: content[:1_000_000]),
-    ("train-images-idx3-ubyte", lambda content: content + b"\0"),
-    ("train-labels-idx1-ubyte", lambda content: content[:-1]),
-    ("train-labels-idx1-ubyte", lambda content: content[:4] + (59_999).to_bytes(4, "big") + content[8:-1]),
-    ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x0a"),
-    ("t10k-labels-idx1-ubyte", lambda content: b""),
-    ("t10k-images-idx3-ubyte", lambda content: flip(content, 3))],
-    ids=["half", "longer", "label short", "labels 59999", "label 10", "empty", "header"])
-def test_an_unpacked_file_of_another_length_or_content_is_refused(lth, raw, no_network, name, damage):
-    unpack(raw)
-    (raw / name).write_bytes(damage((raw / name).read_bytes()))
-    with pytest.raises(lth.UserError) as caught:
-        lth.load_dataset(torch.device("cpu"))
-    assert str(caught.value).startswith(f"{raw / name} is damaged")
-    assert "\n" not in str(caught.value)
+UNPACK_SLOWLY = """
+import sys, time, lth_pruning, torchvision.datasets.mnist as source
+def slowly(url, download_root, filename, md5, unpack=source.download_and_extract_archive):
+    open(f"{download_root}/{filename.removesuffix('.gz')}", "w").close()
+    time.sleep(0.3)
+    unpack(url, download_root=download_root, filename=filename, md5=md5)
+source.download_and_extract_archive = slowly
+lth_pruning.DATA_DIR = sys.argv[1]
+lth_pruning.read_images()
+"""
 
 
-def test_another_dataset_is_read_by_its_name(lth, raw, no_network, mnist):
-    """Fashion-MNIST and KMNIST come in files of the same names and sizes: MNIST's own stand in for them here."""
-    unpack(raw)
-    for name in ("FashionMNIST", "KMNIST"):
-        shutil.copytree(raw, raw.parents[1] / name / "raw")
-        lth.use(DATASET=name)
-        assert torch.equal(lth.load_dataset(torch.device("cpu"))["test"][0], mnist["test"][0])
-
-
-def test_data_that_cannot_be_read_ends_the_run_before_it_begins(lth, raw, no_network, tmp_path):
-    """An archive that is a folder stands in for one without permission, which the tests' user may have anyway."""
-    (raw / "train-images-idx3-ubyte.gz").unlink()
-    (raw / "train-images-idx3-ubyte.gz").mkdir()
-    with pytest.raises(lth.UserError, match=r"train-images-idx3-ubyte\.gz is damaged and could not be downloaded"):
-        run_here(lth, tmp_path / "results", *TINY, f"DATA_DIR={raw.parents[1]}")
-    assert not list((tmp_path / "results").iterdir())
+def test_archives_are_unpacked_and_a_process_waits_while_another_one_does_it(lth, raw, mnist):
+    """Else it would take files that are there, but not whole, for unpacked ones."""
+    code = [sys.executable, "-c", UNPACK_SLOWLY, lth.DATA_DIR]
+    with subprocess.Popen(code, cwd=SCRIPT.parent, stderr=subprocess.PIPE, text=True) as other:
+        while not (raw / FILES[-1]).exists() and other.poll() is None:
+            time.sleep(0.01)
+        data = lth.load_dataset(torch.device("cpu"))
+        assert other.wait(60) == 0, other.stderr.read()
+    assert all(torch.equal(data[part][n], mnist[part][n]) for part in mnist for n in (0, 1))
+    assert {path.name for path in raw.iterdir()} == {*FILES, *GZIPPED}

@@ -1,282 +1,266 @@
-"""Masks, arms and tickets, against torch.nn.utils.prune and numpy."""
+"""Pruning, masks, arms and the level loop, against torch.nn.utils.prune and numpy. Training itself is not needed here:
+a stand-in for it moves the weights at random."""
+
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import BAR, seeded, use_model
 from torch import nn
 from torch.nn.utils import prune as torch_prune
-from tqdm import tqdm
 
-BAR = tqdm(disable=True)
+import lth_pruning
+
+OWN = ("order", "dropout")              # a user's arms, called as purposes of the script's own are
+ON_ITS_MASK = ("rewind", "reinit", "permute", "signs", "finetune", *OWN)        # the ticket's
+ARMS = (*ON_ITS_MASK, "shuffle", "oneshot", "magnitude", "small", "transfer")
+# Of each model the units of its hidden layers, and how many weights it has with so many or fewer.
+HIDDEN = {"LeNet-300-100": ((300, 100), lambda a, b: 784 * a + a * b + 10 * b),
+          "LeNet-5": ((6, 16, 120, 84), lambda a, b, c, d: 25 * a + 25 * a * b + 25 * b * c + c * d + 10 * d)}
+EACH = list(itertools.product(range(2), range(1, 4)))       # trials and levels
 
 
-def dense_network(lth, seed: int = 0):
-    """A network at its initial weights, all weights remaining."""
-    weights = lth.initial_weights(torch.Generator().manual_seed(seed))
-    return weights, lth.full_masks(weights)
+def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
+    """By numpy: the mask without its `count` survivors of smallest magnitude, the first of equal ones."""
+    left = mask.flatten().numpy().copy()
+    survivors = np.flatnonzero(left)
+    order = np.argsort(np.abs(values.flatten().numpy()[survivors]), kind="stable")
+    left[survivors[order[:count]]] = 0
+    return torch.from_numpy(left).view(mask.shape)
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet"])
+@pytest.mark.parametrize("model", ["mlp", "lenet", "own"])
 def test_pruning_removes_what_l1_unstructured_removes(lth, model):
-    """Four levels with weights that change in between, of three networks."""
-    lth.use(MODEL=model, PRUNE_RATE=0.3)
-    rates = lth.prune_rates(lth.build_network(model, 0))
-    for seed in range(3):
-        weights, masks = dense_network(lth, seed)
-        plain = lth.as_plain_network(lth.build_network(model, 0), weights)
-        layers = lth.weighted_layers(plain)
-        for level in range(4):
-            before, random = masks, torch.Generator().manual_seed(10 * seed + level)
-            weights = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=random)
-                       for name, tensor in weights.items()}
-            masks = lth.prune(lth.masked(weights, masks), masks, rates, "layer")
-            assert all((mask <= before[name]).all() for name, mask in masks.items())        # nested
-            changed = lth.as_plain_network(lth.build_network(model, 0), weights)
-            for name, layer in lth.weighted_layers(changed).items():
-                original = "weight_orig" if torch_prune.is_pruned(layers[name]) else "weight"
-                getattr(layers[name], original).data = layer.weight.data
-            plain(torch.zeros(1, 1, 28, 28))                    # PyTorch masks the new weights in the forward pass
-            for name, layer in layers.items():
-                torch_prune.l1_unstructured(layer, "weight", amount=rates[f"{name}.weight"])
-                ours = masks[f"{name}.weight"]
-                assert torch.equal(ours.T if isinstance(layer, nn.Linear) else ours, layer.weight_mask), (level, name)
+    """Layer by layer, over four levels; half the rate in convolutions and the output layer, and of biases none."""
+    use_model(lth, model)
+    lth.use(PRUNE_RATE=0.3)
+    plain = lth.build_network(model, 0)
+    masks = lth.full_masks(plain.state_dict())
+    assert list(masks) == [name for name in plain.state_dict() if "weight" in name]
+    for level in range(4):
+        weights = {name: torch.randn(mask.shape, generator=seeded(name, 0, level)) for name, mask in masks.items()}
+        masks = lth.prune(weights, masks, lth.prune_rates(lth.build_network(model, 0)), "layer")
+        for name, mask in masks.items():
+            layer = plain.get_submodule(name.removesuffix(".weight"))
+            rate = 0.15 if name == "output.weight" or isinstance(layer, nn.Conv2d) else 0.3
+            torch_prune.l1_unstructured(layer, "weight", amount=rate, importance_scores=weights[name])
+            assert torch.equal(mask, layer.weight_mask), (level, name)
 
 
-def test_output_layer_and_convolutions_are_pruned_at_half_the_rate(lth):
-    lth.use(PRUNE_RATE=0.2)
-    mlp, lenet = lth.build_network("mlp", 0), lth.build_network("lenet", 0)
-    assert lth.prune_rates(mlp) == {"fc1.weight": 0.2, "fc2.weight": 0.2, "output.weight": 0.1}
-    assert lth.prune_rates(lenet) == {"conv1.weight": 0.1, "conv2.weight": 0.1, "fc1.weight": 0.2, "fc2.weight": 0.2,
-                                      "output.weight": 0.1}
-    lth.use(PRUNE_SCOPE="global")
-    assert set(lth.prune_rates(lenet).values()) == {0.2}
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_counts_are_exact_and_ties_go_by_index(lth, scope):
+    """Whole numbers from -9 to 9, most of them ties; six levels in which survivors do not divide evenly."""
+    shapes = {"a.weight": (70, 30), "b.weight": (5, 3, 2, 4), "c.weight": (1, 1001)}
+    weights = {name: torch.randint(-9, 10, shape, generator=seeded(name)).float() for name, shape in shapes.items()}
+    masks = lth.full_masks(weights)
+    for _ in range(6):
+        before = masks
+        masks = lth.prune(weights, masks, dict.fromkeys(weights, 0.2), scope)
+        for group in [[name] for name in weights] if scope == "layer" else [list(weights)]:
+            values, mask, left = (torch.cat([tensors[name].flatten() for name in group])
+                                  for tensors in (weights, before, masks))
+            assert torch.equal(left, without_smallest(values, mask, round(0.2 * mask.sum().item())))
+        assert all(masks[name].shape == shape for name, shape in shapes.items())
 
 
-def test_counts_are_exact_and_ties_go_by_index(lth):
-    """In a tensor of any shape, by the index in the flat one, and whatever the memory's own order is."""
-    weights, expected = torch.tensor([3.0, -1.0, 1.0, 1.0, -1.0, 2.0]), torch.tensor([1, 0, 0, 0, 1, 1])
-    for shape in ((6,), (1, 6), (6, 1), (2, 3), (3, 2), (3, 1, 2, 1)):
-        left = lth.remove_smallest(weights.view(shape), torch.ones(shape), 3)
-        assert left.tolist() == expected.view(shape).tolist()
-        assert lth.remove_smallest(weights.view(shape), left, 0).tolist() == left.tolist()
-        assert lth.remove_smallest(weights.view(shape), left, 1).flatten().tolist() == [1, 0, 0, 0, 0, 1]
-    left = lth.remove_smallest(weights.view(2, 3).T.contiguous().T, torch.ones(3, 2).T, 3)
-    assert left.tolist() == [[1, 0, 0], [0, 1, 1]]
-    constant = {"fc1.weight": torch.ones(70, 30)}
-    masks = lth.full_masks(constant)
-    for survivors in (1680, 1344, 1075, 860):                                   # 2100 * 0.8, rounded level by level
-        masks = lth.prune(constant, masks, {"fc1.weight": 0.2}, "layer")
-        assert masks["fc1.weight"].sum() == survivors
-        assert masks["fc1.weight"].flatten().tolist() == [0.0] * (2100 - survivors) + [1.0] * survivors
+def test_a_global_scope_has_one_rate_and_leaves_no_layer_empty(lth):
+    lth.use(PRUNE_SCOPE="global", PRUNE_RATE=0.3)
+    assert set(lth.prune_rates(lth.build_network("lenet", 0)).values()) == {0.3}
+    weights = {"a.weight": torch.full((3, 3), 0.1), "b.weight": torch.ones(4, 4)}
+    with pytest.raises(lth.UserError, match=r"would leave no weight of a\.weight: [^\n]*$"):
+        lth.prune(weights, lth.full_masks(weights), dict.fromkeys(weights, 0.4), "global")
 
 
-def test_negative_weights_are_judged_by_magnitude(lth):
-    """Without the absolute value every negative weight would go first."""
-    weights = {"fc1.weight": torch.linspace(-1, 1, 1000).view(20, 50)}
-    left = lth.prune(weights, lth.full_masks(weights), {"fc1.weight": 0.5}, "layer")["fc1.weight"]
-    survivors = weights["fc1.weight"][left == 1]
-    assert survivors.abs().min() > weights["fc1.weight"][left == 0].abs().max()
-    assert (survivors < 0).sum() == 250
+def own_arm(given):
+    """A user's arm that draws random numbers."""
+    moved = {name: tensor + torch.rand(tensor.shape, generator=given.random) for name, tensor in given.theta0.items()}
+    return lth_pruning.masked(moved, given.masks), given.masks
 
 
-def test_global_pruning_compares_all_layers(lth):
-    for seed in range(3):
-        weights, masks = dense_network(lth, seed)
-        left = lth.prune(weights, masks, dict.fromkeys(masks, 0.4), "global")
-        magnitudes = np.concatenate([weights[name].abs().flatten().numpy() for name in masks])
-        kept = np.concatenate([left[name].flatten().numpy() for name in masks]).astype(bool)
-        assert kept.sum() == len(kept) - round(0.4 * len(kept))
-        assert magnitudes[kept].min() >= magnitudes[~kept].max()
+@pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
+def run(request):
+    """Two trials and three levels of all arms: what each was given, what its network started from, and what came out of
+    a training that adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
+    model, rewind_step = request.param
+    run = SimpleNamespace(given=[], start={}, trained={}, elsewhere={}, state=lth_pruning.State(), saved=[])
+
+    def train(weights, masks, _data, networks, level, _bar):
+        early = {name: tensor + rewind_step for name, tensor in weights.items()}
+        trained = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=seeded(name, len(networks), level)))
+                   * masks.get(name, 1) for name, tensor in weights.items()}
+        for n, (arm, trial) in enumerate(networks):
+            run.start[arm, trial, level] = lth_pruning.pick(weights, n), lth_pruning.pick(masks, n)
+            run.trained[arm, trial, level] = lth_pruning.copied(lth_pruning.pick(trained, n))
+        number = torch.tensor([float(seeded(arm, trial).initial_seed() % 1000) for arm, trial in networks])
+        return early, trained, [(3, number * torch.nan, *[number] * 3), (9, number, number + 1, number + 2, number + 3)]
+
+    table = lth_pruning.ARM_TABLE | {name: lth_pruning.Arm(own_arm, name, "red", "o") for name in OWN}
+    assert set(table) == set(ARMS)
+    table = {name: arm._replace(start=lambda given, start=arm.start: run.given.append(given) or start(given))
+             for name, arm in table.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"MODEL": model, "TRIALS": 2, "LEVELS": 3, "PRUNE_RATE": 0.7, "ARMS": ARMS,
+                            "REWIND_STEP": rewind_step, "ARM_TABLE": table, "train": train,
+                            "report_level": lambda *_: None, "progress_bar": lambda _: BAR}.items():
+            patch.setattr(lth_pruning, name, value)
+        run.plain = lth_pruning.build_network(model, 0)
+        for trial in range(2):
+            weights = fresh(run, "elsewhere", trial)
+            run.elsewhere[trial] = weights, {name: torch.randint(0, 5, tensor.shape, generator=seeded(name, trial))
+                                             for name, tensor in weights.items() if "weight" in name}
+        lth_pruning.run_experiment(run.state, {"train": (torch.zeros(1),)}, run.elsewhere,
+                                   lambda state: run.saved.append(state.level))
+    run.theta0 = [fresh(run, "init", trial) for trial in range(2)]
+    run.late = [{name: tensor + rewind_step for name, tensor in theta0.items()} for theta0 in run.theta0]
+    return run
 
 
-def test_weights_remaining_counts_weights_and_no_biases(lth):
-    masks = lth.full_masks(lth.stack([dense_network(lth, seed)[0] for seed in range(2)]))
-    assert not [name for name in masks if "bias" in name]
-    masks["fc1.weight"][1, :392] = 0
-    new = {"level": 1, "records": [], "trained": {}}
-    lth.record(new, [("rewind", 3), ("reinit", 3)], masks, {}, {}, [(5, *torch.ones(4, 2))])
-    rows = new["records"]
-    assert [(row["arm"], row["trial"], row["step"]) for row in rows] == [("rewind", 3, 5), ("reinit", 3, 5)]
-    assert [row["weights_remaining"] for row in rows] == pytest.approx([100, 100 * (1 - 117_600 / 266_200)])
+def fresh(run, purpose: str, trial: int, level: int = 0) -> dict:
+    """He's initial weights with a purpose's random numbers, drawn a second time; biases zero."""
+    random = seeded(purpose, trial, level)
+    return {name: torch.zeros(tensor.shape) if "bias" in name
+            else torch.empty(tensor.shape).normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=random)
+            for name, tensor in run.plain.named_parameters()}
 
 
-@pytest.fixture
-def ticket(lth):
-    """One network's theta0 with biases that are not zero, and masks that keep 20 % of the weights."""
-    weights, masks = dense_network(lth)
-    weights = {name: tensor + 0.1 if "bias" in name else tensor for name, tensor in weights.items()}
-    return weights, lth.prune(weights, masks, dict.fromkeys(masks, 0.8), "layer")
+def check_start(run, arm: str, trial: int, level: int, weights: dict, masks: dict) -> None:
+    """An arm's network started from these weights, zero where these masks are."""
+    expected = {name: tensor * masks.get(name, 1) for name, tensor in weights.items()}
+    torch.testing.assert_close(run.start[arm, trial, level], (expected, masks), rtol=1e-6, atol=0)
 
 
-def test_rewind_gives_the_survivors_back_bit_by_bit(lth, ticket):
-    theta0, masks = ticket
-    start, same = lth.rewind(theta0=theta0, masks=masks)
-    assert same is masks
-    for name, tensor in start.items():
-        kept = masks[name] == 1 if name in masks else torch.ones_like(tensor, dtype=torch.bool)
-        assert torch.equal(tensor[kept], theta0[name][kept])
-        assert not tensor[~kept].any()
-        assert tensor.data_ptr() != theta0[name].data_ptr()
+def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_level_before(run):
+    """Of the dense ones at first, and of no other arm. After each level the state is saved."""
+    assert run.saved == [0, 1, 2, 3]
+    for trial in range(2):
+        masks = dict(run.start["dense", trial, 0][1])
+        assert all(mask.all() for mask in masks.values())
+        for level in range(1, 4):
+            trained = run.trained["dense" if level == 1 else "rewind", trial, level - 1]
+            for name, mask in masks.items():
+                rate = 0.35 if "conv" in name or "output" in name else 0.7
+                masks[name] = without_smallest(trained[name], mask, round(rate * mask.sum().item()))
+                pruned = run.state.pruned_at[trial][name]
+                assert torch.equal((pruned > 0) & (pruned <= level), masks[name] == 0)
+                for arm in ON_ITS_MASK:
+                    assert torch.equal(run.start[arm, trial, level][1][name], masks[name])
 
 
-def test_reinit_draws_other_weights_on_the_same_masks(lth, ticket):
-    theta0, masks = ticket
-    start, same = lth.reinit(masks=masks, random=torch.Generator().manual_seed(99))
-    fresh = lth.initial_weights(torch.Generator().manual_seed(99))
-    assert same is masks
-    for name, mask in masks.items():
-        assert not start[name][mask == 0].any()
-        assert torch.equal(start[name][mask == 1], fresh[name][mask == 1])
-        assert (start[name] != theta0[name])[mask == 1].all()
+def test_arms_start_from_what_they_say(run):
+    """theta0 are the first weights, for late arms those of REWIND_STEP."""
+    for trial, level in EACH:
+        theta0 = run.theta0[trial]
+        late = run.late[trial]
+        masks = run.start["rewind", trial, level][1]
+        ones = {name: torch.ones_like(mask) for name, mask in masks.items()}
+        check_start(run, "dense", trial, 0, theta0, ones)
+        check_start(run, "rewind", trial, level, late, masks)
+        check_start(run, "reinit", trial, level, fresh(run, "arm reinit", trial, level), masks)
+        drawn = fresh(run, "arm signs", trial, level)
+        check_start(run, "signs", trial, level, {name: abs(drawn[name]) * tensor.sign()
+                                                 for name, tensor in theta0.items()}, masks)
+        trained = run.trained["dense" if level == 1 else "rewind", trial, level - 1]
+        check_start(run, "finetune", trial, level, trained, masks)
+        for arm, start, judged in (("oneshot", late, run.trained["dense", trial, 0]), ("magnitude", theta0, theta0)):
+            largest = {name: without_smallest(judged[name], ones[name], int(ones[name].sum() - mask.sum()))
+                       for name, mask in masks.items()}
+            check_start(run, arm, trial, level, start, largest)
+        weights, levels = run.elsewhere[trial]
+        found = {name: ((pruned == 0) | (pruned > level)).float() for name, pruned in levels.items()}
+        check_start(run, "transfer", trial, level, weights, found)
+        for own in OWN:
+            random = seeded(f"arm {own}", trial, level)                         # in the order of the parameters
+            moved = {name: tensor + torch.rand(tensor.shape, generator=random) for name, tensor in late.items()}
+            check_start(run, own, trial, level, moved, masks)
 
 
-def test_shuffle_keeps_each_layers_count_but_not_the_places(lth, ticket):
-    theta0, masks = ticket
-    start, other = lth.shuffle(theta0=theta0, masks=masks, random=torch.Generator().manual_seed(5))
-    for name, mask in other.items():
-        assert mask.sum() == masks[name].sum()
-        assert not torch.equal(mask, masks[name])
-        assert torch.equal(start[name], theta0[name] * mask)
+def test_permute_moves_values_among_survivors_and_shuffle_moves_the_survivors(run):
+    """Layer by layer, otherwise in every trial and level; biases stay."""
+    drawn = set()
+    for trial, level in EACH:
+        late = run.late[trial]
+        permuted, masks = run.start["permute", trial, level]
+        others = run.start["shuffle", trial, level][1]
+        check_start(run, "shuffle", trial, level, late, others)
+        assert all(torch.equal(permuted[name], tensor) for name, tensor in late.items() if "bias" in name)
+        for name, mask in masks.items():
+            kept = mask == 1
+            assert torch.equal(permuted[name] != 0, kept)
+            torch.testing.assert_close(permuted[name][kept].sort().values, late[name][kept].sort().values)
+            assert (permuted[name][kept] != late[name][kept]).double().mean() > 0.9
+            assert others[name].sum() == mask.sum()
+            density = mask.mean().item()                                        # survivors in common by chance:
+            deviation = density * (1 - density) * mask.numel() ** 0.5
+            assert abs((others[name] * mask).sum() - density ** 2 * mask.numel()) < 4.5 * deviation, name
+            came_from = late[name][kept].argsort()[permuted[name][kept].argsort().argsort()]
+            drawn |= {(name, *came_from[:20].tolist()), (name, *others[name].flatten()[:150].tolist())}
+    assert len(drawn) == 2 * len(masks) * len(EACH)
 
 
-def test_oneshot_keeps_the_dense_networks_largest_as_many_as_the_ticket(lth, ticket):
-    theta0, masks = ticket
-    dense = lth.initial_weights(torch.Generator().manual_seed(77))
-    start, other = lth.oneshot(theta0=theta0, masks=masks, dense=dense)
-    for name, mask in other.items():
-        assert mask.sum() == masks[name].sum()
-        assert dense[name].abs()[mask == 1].min() >= dense[name].abs()[mask == 0].max()
-        assert torch.equal(start[name], theta0[name] * mask)
+def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
+    """No other scale of all its hidden layers together comes nearer, with at least 10 units, or one feature map. The
+    layers fit together, and their weights have the variance that belongs to their own sizes."""
+    units, count = HIDDEN[run.plain.name]
+    for level in range(1, 4):
+        weights, blocks = run.start["small", 0, level]
+        survivors = sum(int(mask.sum()) for mask in run.start["rewind", 0, level][1].values())
+        distances = [abs(count(*(max(10 if full > 16 else 1, round(full * k / 1000)) for full in units)) - survivors)
+                     for k in range(1001)]
+        assert abs(sum(int(block.sum()) for block in blocks.values()) - survivors) == min(distances)
+        x = torch.zeros(2, 1, 28, 28)
+        for name, layer in run.plain.named_children():
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                x = layer(x)
+                continue
+            block = blocks[f"{name}.weight"]
+            values = weights[f"{name}.weight"][:int(block.flatten(1).any(1).sum()), :x.shape[1]]
+            assert torch.equal(weights[f"{name}.weight"] != 0, block == 1)
+            assert block.sum() == values.numel() == values.count_nonzero()      # the first units, and all of these
+            error = 4.5 * (2 / values.numel()) ** 0.5
+            assert values.square().mean().item() == pytest.approx(2 / values[0].numel(), rel=error), name
+            x = F.linear(x, values) if x.dim() == 2 else F.conv2d(x, values, padding=layer.padding)
 
 
-def test_permute_moves_the_survivors_values_among_the_survivors_of_a_layer(lth, ticket):
-    theta0, masks = ticket
-    start, same = lth.permute(theta0=theta0, masks=masks, random=torch.Generator().manual_seed(5))
-    assert same is masks
-    for name, tensor in start.items():
-        mask = masks.get(name, torch.ones_like(tensor))
-        assert not tensor[mask == 0].any()
-        assert torch.equal(tensor[mask == 1].sort().values, theta0[name][mask == 1].sort().values)
-        moved = (tensor != theta0[name])[mask == 1].double().mean()
-        assert moved > 0.9 if name in masks else moved == 0
-        assert tensor.data_ptr() != theta0[name].data_ptr()
+def test_arms_get_one_networks_tensors_as_pytorch_shapes_them_and_change_nothing(run):
+    """After all arms, the weights that they were given are what they were at first."""
+    shapes = {name: parameter.shape for name, parameter in run.plain.named_parameters()}
+    prunable = {name: shape for name, shape in shapes.items() if "weight" in name}
+    assert len(run.given) == len(ARMS) * len(EACH)
+    for given in run.given:
+        found = [given.theta0, given.dense, given.trained, given.elsewhere[0], given.masks, given.elsewhere[1]]
+        assert [{name: tensor.shape for name, tensor in tensors.items()}
+                for tensors in found] == 4 * [shapes] + 2 * [prunable]
+    for trial in range(2):
+        torch.testing.assert_close(run.state.theta[trial], run.late[trial])
+        torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
+        torch.testing.assert_close(run.state.trained[trial], run.trained["rewind", trial, 3], rtol=0, atol=0)
 
 
-def test_signs_are_the_original_ones_and_magnitudes_are_fresh(lth, ticket):
-    theta0, masks = ticket
-    start, same = lth.signs(theta0=theta0, masks=masks, random=torch.Generator().manual_seed(99))
-    fresh = lth.initial_weights(torch.Generator().manual_seed(99))
-    assert same is masks
-    for name, mask in masks.items():
-        assert not start[name][mask == 0].any()
-        kept, original = start[name][mask == 1], theta0[name][mask == 1]
-        assert torch.equal(kept.sign(), original.sign())
-        assert torch.equal(kept.abs(), fresh[name][mask == 1].abs())
-        assert (kept != original).all()
+def test_every_evaluation_becomes_a_row_of_its_network(run):
+    """By level, arm, trial and step, with the percent of the prunable weights that remain: biases do not count."""
+    keys = [("dense", trial, 0, step) for trial in range(2) for step in (3, 9)]
+    keys += [(arm, trial, level, step) for level in (1, 2, 3) for arm in ARMS for trial in (0, 1) for step in (3, 9)]
+    assert [(row["arm"], row["trial"], row["level"], row["step"]) for row in run.state.records] == keys
+    for row, (arm, trial, level, step) in zip(run.state.records, keys, strict=True):
+        masks = run.start[arm, trial, level][1].values()
+        percent = 100 * sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+        number = seeded(arm, trial).initial_seed() % 1000
+        expected = [np.nan, *[number] * 3] if step == 3 else [number, number + 1, number + 2, number + 3]
+        found = [row[name] for name in ("weights_remaining", "train_loss", "val_loss", "val_accuracy", "test_accuracy")]
+        assert found == pytest.approx([percent, *expected], rel=1e-5, nan_ok=True)
 
 
-def test_finetune_keeps_the_trained_survivors(lth, ticket):
-    _, masks = ticket
-    trained = lth.initial_weights(torch.Generator().manual_seed(77))
-    start, same = lth.finetune(theta0=None, trained=trained, masks=masks)
-    assert same is masks
-    for name, tensor in start.items():
-        assert torch.equal(tensor, trained[name] * masks.get(name, 1))
-        assert tensor.data_ptr() != trained[name].data_ptr()
-
-
-def test_magnitude_keeps_the_largest_initial_weights_as_many_as_the_ticket(lth, ticket):
-    theta0, masks = ticket
-    start, other = lth.magnitude(theta0=theta0, masks=masks)
-    for name, mask in other.items():
-        assert mask.sum() == masks[name].sum()
-        assert theta0[name].abs()[mask == 1].min() >= theta0[name].abs()[mask == 0].max()
-        assert torch.equal(start[name], theta0[name] * mask)
-
-
-@pytest.mark.parametrize(("model", "share"), [("mlp", 0.5), ("mlp", 0.1), ("lenet", 0.5), ("lenet", 0.1)])
-def test_small_is_a_narrower_dense_network(lth, model, share):
-    """A plain network with fewer units gives its logits; it has the ticket's number of weights within 2 %, and its
-    weights have the variance that is INIT's for its own sizes."""
-    lth.use(MODEL=model)
-    weights, masks = dense_network(lth)
-    masks = lth.prune(weights, masks, dict.fromkeys(masks, 1 - share), "layer")
-    start, blocks = lth.small(theta0=weights, masks=masks, random=torch.Generator().manual_seed(3))
-    survivors = sum(int(mask.sum()) for mask in masks.values())
-    assert sum(int(block.sum()) for block in blocks.values()) == pytest.approx(survivors, rel=0.02)
-
-    def kept(name, dimension):
-        others = [axis for axis in range(blocks[name].ndim) if axis != dimension]
-        return int(blocks[name].sum(others).count_nonzero())
-
-    linear, narrow = ["fc1", "fc2", "output"], nn.Sequential()
-    if model == "lenet":
-        conv1, conv2 = kept("conv1.weight", 0), kept("conv2.weight", 0)
-        assert kept("conv2.weight", 1) == conv1 and kept("fc1.weight", 0) == 25 * conv2
-        narrow = nn.Sequential(nn.Conv2d(1, conv1, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
-                               nn.Conv2d(conv1, conv2, 5), nn.MaxPool2d(2), nn.ReLU())
-    narrow.append(nn.Flatten())
-    for name in linear:
-        narrow.extend([nn.Linear(kept(f"{name}.weight", 0), kept(f"{name}.weight", 1)), nn.ReLU()])
-    narrow = narrow[:-1]
-    layers = [layer for layer in narrow if isinstance(layer, nn.Linear | nn.Conv2d)]
-    for layer, (name, block) in zip(layers, blocks.items(), strict=True):
-        values = start[name].T if isinstance(layer, nn.Linear) else start[name]
-        assert not start[name][block == 0].any() and (start[name][block == 1] != 0).all()
-        outputs, inputs = layer.weight.shape[:2]
-        layer.weight.data = values[:outputs, :inputs].clone()
-        layer.bias.data.zero_()
-        assert layer.weight.count_nonzero() == layer.weight.numel() == block.sum()          # the first units, and all
-        variance = 2 / layer.weight[0].numel()
-        assert abs(layer.weight.var().item() / variance - 1) < 5 * (2 / layer.weight.numel()) ** 0.5, name
-    images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    logits = lth.forward(lth.build_network(model, 0), lth.stack([start]), images[None])
-    torch.testing.assert_close(logits[0], narrow(images), rtol=1e-4, atol=1e-4)
-
-
-def test_training_leaves_theta0_and_pruned_weights_alone(lth, some_mnist):
-    """The pruned weights are exactly zero after training, decay, moments, clipping and all; theta0 keeps every bit."""
-    lth.use(TRIALS=2, BATCH_SIZE=100, WEIGHT_DECAY=0.5, EPOCHS=1, steps_per_epoch=lambda: 30)
-    singles = [dense_network(lth, seed) for seed in range(2)]
-    masks = lth.stack([lth.prune(weights, masks, dict.fromkeys(masks, 0.9), "layer") for weights, masks in singles])
-    start = lth.masked(lth.stack([weights for weights, _ in singles]), masks)
-    before = {name: tensor.clone() for name, tensor in start.items()}
-    data = {name: (images.float(), labels) for name, (images, labels) in some_mnist.items()}
-    networks = [("rewind", 0), ("rewind", 1)]
-    early, trained, _ = lth.train(start, masks, data, networks, level=1, bar=BAR)
-    for name, tensor in trained.items():
-        assert torch.equal(start[name], before[name]) and torch.equal(early[name], before[name])
-        assert not torch.equal(tensor, before[name])
-        if name in masks:
-            assert not tensor[masks[name] == 0].any()
-            assert (tensor[masks[name] == 1] != 0).all()
-    # Nothing is carried over to the next training.
-    _, again, _ = lth.train(start, masks, data, networks, level=1, bar=BAR)
-    assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
-
-
-def test_clipping_is_per_network(lth):
-    sizes = torch.tensor([[100.0], [1e-3], [1.0]])
-    gradients = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * sizes
-    expected = []
-    for row in gradients:
-        parameter = nn.Parameter(torch.zeros(1000))
-        parameter.grad = row.clone()
-        nn.utils.clip_grad_norm_([parameter], 1.0)
-        expected.append(parameter.grad)
-    small = gradients[1].clone()
-    lth.clip_per_network(gradients, 1.0)
-    torch.testing.assert_close(gradients, torch.stack(expected))
-    assert torch.equal(gradients[1], small)
-
-
-def test_one_seed_one_set_of_random_numbers_whatever_the_purpose(lth):
-    def draw(*key):
-        return tuple(torch.rand(4, generator=lth.generator(*key)).tolist())
-
-    keys = [(purpose, trial, level) for purpose in lth.PURPOSES for trial in range(3) for level in range(3)]
-    assert len({draw(*key) for key in keys}) == len(keys)
-    assert draw("init", 1) == draw("init", 1)
-    first = draw("init", 1)
-    lth.use(SEED=43)
-    assert draw("init", 1) != first
+def test_every_purpose_trial_and_level_has_random_numbers_of_its_own(lth):
+    """By SEED and the bytes of the purpose's name; no arm's are another purpose's, whatever it is called."""
+    purposes = ["init", "split", "order", "dropout", "check", "arm order", "arm redro", "arm größe"]
+    keys = list(itertools.product([*purposes, *(f"arm {arm}" for arm in lth.ARM_TABLE)], range(3), range(3)))
+    drawn = []
+    for seed in (42, 43):
+        lth.use(SEED=seed)
+        for key in keys:
+            drawn.append(torch.randint(2**62, (), generator=lth.generator(*key)).item())
+            assert drawn[-1] == torch.randint(2**62, (), generator=seeded(*key, seed=seed)).item()
+    assert len(set(drawn)) == 2 * len(keys)
