@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import lth_pruning as lth                                   # first: it sets what PyTorch looks up when it is loaded
+import lth_pruning as lth  # first: it sets what PyTorch looks up when it is loaded
+
+# isort: split
 
 import numpy as np
 import torch

@@ -210,8 +210,7 @@ def test_redraw_restores_summary_and_figures_from_the_records(lth, few, tmp_path
     expected = contents(tmp_path) | {"summary.md": summary.encode()}
     _, constants = summary.split("## Constants and versions")
     (tmp_path / "summary.md").write_text("older words\n\n## Constants and versions" + constants)
-    for name in ("comparison_plot.png", "mask_plot.png"):
-        (tmp_path / name).unlink()
+    (tmp_path / "comparison_plot.png").unlink()
     (tmp_path / "leads_plot.png").write_bytes(b"of arms that the run has not")
     lth.redraw(tmp_path)
     assert "abacuses" in constants and contents(tmp_path) == expected

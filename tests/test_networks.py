@@ -7,8 +7,6 @@ import torch
 from conftest import use_model
 from torch import nn
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize(("model", "prunable"), [("mlp", 266_200), ("lenet", 61_470)])
 def test_the_networks_have_as_many_weights_as_in_the_papers(lth, model, prunable):
@@ -24,16 +22,16 @@ def test_the_networks_have_as_many_weights_as_in_the_papers(lth, model, prunable
 @pytest.mark.parametrize("init", ["kaiming_normal", "xavier_normal"])
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_initial_weights_have_the_variance_of_their_init(lth, model, init):
-    """He's: 2 by the inputs of a unit; Glorot's: 2 by the sum of its inputs and outputs. Biases are zero."""
+    """He's: 2 by the inputs of a unit; Glorot's: 2 by the sum of its inputs and outputs. Biases are zero.
+    Four standard errors are allowed for."""
     lth.use(MODEL=model, INIT=init)
     weights = lth.initial_weights(torch.Generator().manual_seed(1))
     for name, layer in lth.weighted_layers(lth.build_network(model, 0)).items():
         inputs = layer.weight[0].numel()
         outputs = layer.weight[:, 0].numel()
         variance = 2 / inputs if init == "kaiming_normal" else 2 / (inputs + outputs)
-        standard_error = (2 / layer.weight.numel()) ** 0.5                      # of a variance, relative to it
         measured = weights[f"{name}.weight"].square().mean().item()
-        assert measured == pytest.approx(variance, rel=4 * standard_error), name
+        assert measured == pytest.approx(variance, rel=4 * (2 / layer.weight.numel()) ** 0.5), name
         assert not weights[f"{name}.bias"].any()
 
 
@@ -42,13 +40,12 @@ def test_initial_weights_have_the_variance_of_their_init(lth, model, init):
 def test_a_stack_gives_the_logits_and_gradients_of_its_plain_networks(lth, model, arms, sets):
     """In double precision. Those that see one set of images, as the arms of a trial do, follow each other."""
     use_model(lth, model)
-    lth.check_network(CPU)                                                      # is not refused
+    lth.check_network(torch.device("cpu"))                                      # is not refused
     torch.manual_seed(1)
     plains = [lth.build_network(model, 0.2).double().eval() for _ in range(arms * sets)]
     weights = {name: torch.stack([plain.get_parameter(name).detach() for plain in plains]).requires_grad_()
                for name, _ in plains[0].named_parameters()}
     images = torch.randn(sets, 7, 1, 28, 28, dtype=torch.double)
-
     logits = lth.forward(lth.build_network(model, 0.2), weights, images)
     assert logits.shape == (arms * sets, 7, 10)
     logits.square().sum().backward()
@@ -75,8 +72,7 @@ REFUSED = {
     "convolution without bias": lambda: network_of(nn.Conv2d(1, 4, 5, bias=False), nn.Flatten()),
     "softmax over the last dimension": lambda: network_of(nn.Flatten(), nn.Linear(784, 20), nn.Softmax(dim=-1)),
     "last layer with another name": lambda: network_of(nn.Flatten(), last="fc3"),
-    "dropout of another share": lambda: network_of(nn.Flatten(), nn.Linear(784, 20), nn.Dropout(0.3)),
-    "dropout of channels": lambda: network_of(nn.Conv2d(1, 4, 5), nn.Dropout2d(0.2), nn.Flatten())}
+    "dropout of another share": lambda: network_of(nn.Flatten(), nn.Linear(784, 20), nn.Dropout(0.3))}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -84,4 +80,4 @@ def test_a_network_that_a_stack_cannot_train_is_refused(lth, kind):
     """None of its layers is passed over, or taken for what it is not."""
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: [^\n]*$"):
-        lth.check_network(CPU)
+        lth.check_network(torch.device("cpu"))

@@ -37,8 +37,7 @@ def test_three_whose_first_one_fails_have_its_sentence_not_buried_and_one_goes_o
     room, and one process goes on from what three have found."""
     run = torchrun(3, tmp_path, *ARGUMENTS, "LEVELS=2", shell="ulimit -f 5500;")
     output, errors = run.communicate(timeout=200)
-    assert run.returncode != 0
-    assert output.startswith("3 processes share 2 trials; shown is the progress of the first one, with 1\n")
+    assert run.returncode != 0 and output.startswith("3 processes share 2 trials; shown is the progress of the first")
     (sentence,) = [line for line in errors.splitlines() if line.startswith("lth_pruning: ")]
     assert "File too large" in sentence and "Finished levels are kept" in sentence
     assert not any(word in errors for word in ("RuntimeError", "gloo", "onnection", 'lth_pruning.py", line'))

@@ -1,5 +1,4 @@
-"""Pruning, masks, arms and the level loop, against torch.nn.utils.prune and numpy. Training itself is not needed here:
-a stand-in for it moves the weights at random."""
+"""Pruning, arms and the level loop, against torch.nn.utils.prune and numpy; nothing is trained here."""
 
 import itertools
 from types import SimpleNamespace
@@ -74,12 +73,6 @@ def test_a_global_scope_has_one_rate_and_leaves_no_layer_empty(lth):
         lth.prune(weights, lth.full_masks(weights), dict.fromkeys(weights, 0.4), "global")
 
 
-def own_arm(given):
-    """A user's arm that draws random numbers."""
-    moved = {name: tensor + torch.rand(tensor.shape, generator=given.random) for name, tensor in given.theta0.items()}
-    return lth_pruning.masked(moved, given.masks), given.masks
-
-
 @pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
 def run(request):
     """Two trials and three levels of all arms: what each was given, what its network started from, and what came out of
@@ -96,6 +89,10 @@ def run(request):
             run.trained[arm, trial, level] = lth_pruning.copied(lth_pruning.pick(trained, n))
         number = torch.tensor([float(seeded(arm, trial).initial_seed() % 1000) for arm, trial in networks])
         return early, trained, [(3, number * torch.nan, *[number] * 3), (9, number, number + 1, number + 2, number + 3)]
+
+    def own_arm(given):
+        moved = {name: value + torch.rand(value.shape, generator=given.random) for name, value in given.theta0.items()}
+        return lth_pruning.masked(moved, given.masks), given.masks
 
     table = lth_pruning.ARM_TABLE | {name: lth_pruning.Arm(own_arm, name, "red", "o") for name in OWN}
     assert set(table) == set(ARMS)
@@ -143,8 +140,7 @@ def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_le
             for name, mask in masks.items():
                 rate = 0.35 if "conv" in name or "output" in name else 0.7
                 masks[name] = without_smallest(trained[name], mask, round(rate * mask.sum().item()))
-                pruned = run.state.pruned_at[trial][name]
-                assert torch.equal((pruned > 0) & (pruned <= level), masks[name] == 0)
+                assert torch.equal(lth_pruning.masks_at(run.state.pruned_at[trial], level)[name], masks[name])
                 for arm in ON_ITS_MASK:
                     assert torch.equal(run.start[arm, trial, level][1][name], masks[name])
 
@@ -152,16 +148,15 @@ def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_le
 def test_arms_start_from_what_they_say(run):
     """theta0 are the first weights, for late arms those of REWIND_STEP."""
     for trial, level in EACH:
-        theta0 = run.theta0[trial]
-        late = run.late[trial]
+        theta0, late = run.theta0[trial], run.late[trial]
         masks = run.start["rewind", trial, level][1]
         ones = {name: torch.ones_like(mask) for name, mask in masks.items()}
         check_start(run, "dense", trial, 0, theta0, ones)
         check_start(run, "rewind", trial, level, late, masks)
         check_start(run, "reinit", trial, level, fresh(run, "arm reinit", trial, level), masks)
         drawn = fresh(run, "arm signs", trial, level)
-        check_start(run, "signs", trial, level, {name: abs(drawn[name]) * tensor.sign()
-                                                 for name, tensor in theta0.items()}, masks)
+        signed = {name: abs(drawn[name]) * tensor.sign() for name, tensor in theta0.items()}
+        check_start(run, "signs", trial, level, signed, masks)
         trained = run.trained["dense" if level == 1 else "rewind", trial, level - 1]
         check_start(run, "finetune", trial, level, trained, masks)
         for arm, start, judged in (("oneshot", late, run.trained["dense", trial, 0]), ("magnitude", theta0, theta0)):
@@ -201,8 +196,7 @@ def test_permute_moves_values_among_survivors_and_shuffle_moves_the_survivors(ru
 
 
 def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
-    """No other scale of all its hidden layers together comes nearer, with at least 10 units, or one feature map. The
-    layers fit together, and their weights have the variance that belongs to their own sizes."""
+    """No other scale of its hidden layers comes nearer: of at least 10 units, or a feature map. INIT draws it."""
     units, count = HIDDEN[run.plain.name]
     for level in range(1, 4):
         weights, blocks = run.start["small", 0, level]
@@ -212,15 +206,15 @@ def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
         assert abs(sum(int(block.sum()) for block in blocks.values()) - survivors) == min(distances)
         x = torch.zeros(2, 1, 28, 28)
         for name, layer in run.plain.named_children():
-            if not isinstance(layer, nn.Linear | nn.Conv2d):
+            if not hasattr(layer, "weight"):
                 x = layer(x)
                 continue
             block = blocks[f"{name}.weight"]
             values = weights[f"{name}.weight"][:int(block.flatten(1).any(1).sum()), :x.shape[1]]
             assert torch.equal(weights[f"{name}.weight"] != 0, block == 1)
             assert block.sum() == values.numel() == values.count_nonzero()      # the first units, and all of these
-            error = 4.5 * (2 / values.numel()) ** 0.5
-            assert values.square().mean().item() == pytest.approx(2 / values[0].numel(), rel=error), name
+            variance = pytest.approx(2 / values[0].numel(), rel=4.5 * (2 / values.numel()) ** 0.5)
+            assert values.square().mean().item() == variance, name
             x = F.linear(x, values) if x.dim() == 2 else F.conv2d(x, values, padding=layer.padding)
 
 

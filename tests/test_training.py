@@ -160,8 +160,7 @@ def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, reques
 
 @pytest.mark.parametrize("dropout", [0.2, 0])
 def test_trials_have_dropout_of_their_own_and_arms_share_their_trials(lth, mnist, dropout):
-    """Four networks with the same initial weights and, here, the same order of images: dropout alone tells the trials
-    apart, and without it nothing does."""
+    """Of the same initial weights and order of images, dropout alone tells trials apart; without it, nothing does."""
     draw = lth.generator
     lth.use(DROPOUT=dropout, EPOCHS=1, steps_per_epoch=lambda: 5, generator=lambda purpose, trial=0, *rest: (
         draw(purpose, 0 if purpose == "order" else trial, *rest)))
@@ -210,7 +209,7 @@ def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
         with pytest.raises(lth.UserError, match=rf"of reinit, trial 7, at level 3 was not finite by step {step}\."):
             lth.train(start, lth.full_masks(start), data, networks, 3, BAR)
         start["fc1.bias"][1, 0] = float("nan")
-    nothing, fine = torch.tensor([1, float("nan")]), torch.ones(2)
+    nothing, fine = torch.tensor([1, torch.nan]), torch.ones(2)
     lth.check_finite((0, nothing, fine, fine, fine), networks, 3)
     with pytest.raises(lth.UserError, match="reinit, trial 7, at level 3 was not finite by step 25"):
         lth.check_finite((25, nothing, fine, fine, fine), networks, 3)
@@ -226,5 +225,4 @@ def test_stacks_hold_all_networks_once_and_the_arms_of_a_trial_together(lth, dev
         expected = [[(arm, trial) for trial in range(begin, min(begin + most // len(group), 50)) for arm in group]
                     for group in groups if group for begin in range(0, 50, most // len(group))]
         assert list(lth.stacks(1, torch.device(device))) == expected
-        dense = [network for networks in lth.stacks(0, torch.device(device)) for network in networks]
-        assert dense == [("dense", trial) for trial in range(50)]
+        assert [*itertools.chain(*lth.stacks(0, torch.device(device)))] == [("dense", trial) for trial in range(50)]
