@@ -1138,7 +1138,7 @@ def matches_in_words(results: Results, arm: str) -> tuple[str, str]:
         if answer != "below":
             below = ""
         elif not below:
-            below = f", and are below them from {left(results, level)} on"
+            below = left(results, level)
     return down_to, below
 
 
@@ -1156,7 +1156,10 @@ def verdict(results: Results) -> list[str]:
     for arm in MAIN:
         if arm in arms and len(dense) >= 3:
             down_to, below = matches_in_words(results, arm)
-            sentences.append(f"Networks {label(results, arm)} match the dense ones {down_to}{below}.")
+            sentence = f"Networks {label(results, arm)} match the dense ones {down_to}"
+            if below:
+                sentence += f", and are below them from {below} on"
+            sentences.append(f"{sentence}.")
 
     (level,) = levels_near(networks, 21.1)
     where = f"With {left(results, level)} of the weights"
@@ -1442,8 +1445,11 @@ def accuracy_title(results: Results, shown: list[str]) -> str:
         return f"Networks {' or '.join(names)}: too few trials to tell what matches"
     title = f"Networks {names[0]} match the dense ones {matches_in_words(results, shown[0])[0]}"
     if len(names) == 2:
-        down_to = matches_in_words(results, "reinit")[0].removesuffix(" of the weights").removesuffix(" of pruning")
-        title += f", re-initialised ones {down_to}"
+        down_to, below = matches_in_words(results, "reinit")
+        if below:
+            title += f"; re-initialised ones are below from {below} on"
+        else:
+            title += f", re-initialised ones {down_to}"
     return title
 
 
@@ -1484,7 +1490,10 @@ def leads_plot(results: Results) -> Figure:
     levels = levels_near(networks, 21.1, 7.0, 3.6)
     panels = [f"{left(results, level)} of the weights" for level in levels]
     arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
-    title = f"With {panels[0]}, the ticket is ahead of {len(beaten(networks, levels[0]))} of {len(arms)} other arms"
+    others = [label(results, arm) for arm in arms if arm not in beaten(networks, levels[0])]
+    title = f"With {panels[0]}, the ticket is ahead of {len(arms) - len(others)} of {len(arms)} other arms"
+    if len(others) in (1, 2):
+        title += f": not of {' and '.join(others)}"
     if results.constants["TRIALS"] < 3:
         title = "The ticket's lead over other arms: too few trials to tell"
     figure, row = new_figure(results, title, "paired differences: means and 95 % intervals", panels,
@@ -1494,7 +1503,7 @@ def leads_plot(results: Results) -> Figure:
         for place, arm in enumerate(arms):
             mean, half = interval(leads(networks, "rewind", arm, level))
             axes.errorbar(mean, place, xerr=half, capsize=4, **drawn_as(arm))
-        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="the ticket's lead (points)")
+        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead in test accuracy (points)")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
     row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
@@ -1560,7 +1569,8 @@ def early_stopping_plot(results: Results) -> Figure:
     last = results.records["step"].max()
     title = timing(results, "stop_step", {"rewind": "tickets stop improving", "reinit": "re-initialised ones",
                                           "dense": "dense networks"})
-    panels = {"stop_step": "Lowest validation loss", "catch_up_step": "The dense network's final validation accuracy"}
+    panels = {"stop_step": "Step of the lowest validation loss",
+              "catch_up_step": "Step at the dense network's final validation accuracy"}
     figure, row = new_figure(results, title, "medians", list(panels.values()), (14, 6))
     for axes, column in zip(row, panels, strict=True):
         scale_weights_remaining(axes, results.networks)
@@ -1581,8 +1591,7 @@ def mask_plot(results: Results) -> Figure:
     if results.image is not None:
         bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
         held = 100 * shares[-1][bright].sum() / shares[-1].sum()
-        title = (f"With {panels[-1]} left, {held:.0f} % of the first layer's lie on the quarter of the pixels that is "
-                 "brightest on average")
+        title = f"With {panels[-1]}, {held:.0f} % of the first layer's are at the brightest quarter of the pixels"
         panels.insert(0, "mean training image")
     figure, row = new_figure(results, title, "means", panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
     if results.image is not None:
@@ -1592,7 +1601,7 @@ def mask_plot(results: Results) -> Figure:
         picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
     for axes in row:
         axes.set_axis_off()
-    bar = figure.colorbar(picture, ax=row[-1])
+    bar = figure.colorbar(picture, ax=row[-1], label="connections left")
     bar.set_ticks([0.5, 1, 2], labels=["half\nor less", "mean\npixel", "twice\nor more"])
     bar.minorticks_off()
     return figure
@@ -1915,6 +1924,15 @@ def process() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def connect() -> None:
+    """Let the processes of a run find each other. After a restart by torchrun they do so under other names: what a
+    killed process has left in the store would lead to nowhere."""
+    store, rank, processes = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    forever = datetime.timedelta(days=30)                   # the slowest is waited for
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
+
+
 def own_trials() -> list[int]:
     """The trials of this process; there may be none."""
     rank, processes = process()
@@ -2130,7 +2148,7 @@ def run() -> None:
     own = identity(device)
     rank, processes = process()
     if processes > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))   # the slowest is waited for
+        connect()
     data = load_dataset(device)
     state = load_state(folder, own)
 

@@ -154,7 +154,7 @@ def test_of_constants_only_those_that_change_no_number_may_differ(lth, tmp_path)
               "DROPOUT": 0.1, "ARMS": ("rewind",), "TRIALS": 2, "PRUNE_RATE": 0.3, "PRUNE_SCOPE": "global",
               "REWIND_STEP": 1, "TICKETS_FROM": str(SCRIPT), "SEED": 1, "EPOCHS": 2, "BATCH_SIZE": 60,
               "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.0, "CLIP_NORM": None, "EVAL_EVERY": 100, "VALIDATION_SIZE": 1}
-    free = {"LEVELS": 3, "MATCHING_MARGIN": 0.5, "DATA_DIR": "elsewhere", "RESULTS_DIR": "there", "DEVICE": "cuda"}
+    free = {"LEVELS": 3, "DATA_DIR": "elsewhere", "RESULTS_DIR": "there", "DEVICE": "cuda"}
     assert others.keys() | free.keys() == lth.constants().keys()
     changes = [*itertools.product([lth], [*(others | free).items(), ("VERSION", "0" * 64)]),
                (torch, ("__version__", "9.9")), (torch, ("get_num_threads", lambda: 77))]

@@ -210,9 +210,9 @@ def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
             lth.train(start, lth.full_masks(start), data, networks, 3, BAR)
         start["fc1.bias"][1, 0] = float("nan")
     nothing, fine = torch.tensor([1, torch.nan]), torch.ones(2)
-    lth.check_finite((0, nothing, fine, fine, fine), networks, 3)
+    lth.check_finite(torch.zeros(2), (0, nothing, fine, fine, fine), networks, 3)
     with pytest.raises(lth.UserError, match="reinit, trial 7, at level 3 was not finite by step 25"):
-        lth.check_finite((25, nothing, fine, fine, fine), networks, 3)
+        lth.check_finite(nothing, (25, fine, fine, fine, fine), networks, 3)
 
 
 @pytest.mark.parametrize(("device", "most"), [("cpu", 20), ("cuda", 200)])
