@@ -10,7 +10,9 @@ from their original initial weights ("rewind"), or from fresh random ones on the
 Out come figures, metrics.csv, summary.md and tickets.pt in results/. The same command again goes on after the last
 finished level; when none is left, it only draws again.
 
-@@HEADLINE@@
+Measured with the defaults over 5 trials, test accuracy at early stop: dense networks 97.35 %, rewound tickets 98.08 %
+with 21.1 % of the weights and 97.51 % with 3.6 %, re-initialised ones 96.81 % and 94.72 %. A ticket that has not been
+trained at all, original weights merely masked, reaches 92.08 % with 21.1 %.
 """
 
 # /// script
