@@ -203,3 +203,8 @@ def test_the_readmes_own_arm_runs(lth, few, tmp_path, monkeypatch):
     assert start.loc["halved", "test_accuracy"] == start.loc["rewind", "test_accuracy"]
     assert start.loc["halved", "val_loss"] != start.loc["rewind", "val_loss"]
     assert (tmp_path / "comparison_plot.png").exists()
+
+
+def test_the_scripts_own_list_of_packages_is_that_of_requirements_txt():
+    (listed,) = re.findall(r"^# dependencies = \[(.*?)\]$", SCRIPT.read_text(), re.M | re.S)
+    assert re.findall(r'"([^"]+)"', listed) == (SCRIPT.parent / "requirements.txt").read_text().split()
