@@ -925,16 +925,17 @@ CLAIMS = (
     Comparison("Tickets catch up before re-initialised ones", "rewind", "reinit", "catch_up_step", 21.1, 0, "(ours)"))
 
 
-def questions(arms: list[str]) -> list[Comparison]:
-    """What the other arms are asked: is the ticket ahead of them, as accurate as they are, or they as the ticket?"""
+def questions(arms: list[str], percent: float) -> list[Comparison]:
+    """What the other arms are asked at so many percent of the weights: is the ticket ahead of them, as accurate as they
+    are, or they as the ticket?"""
     asked = []
     for arm in arms[1:]:
         kind = ARM_TABLE[arm].kind
         margin = 0 if kind == "difference" else MATCHING_MARGIN
         pair = (arm, "rewind") if kind == "enough" else ("rewind", arm)
-        asked.append(Comparison(ARM_TABLE[arm].question, *pair, "stop_accuracy", 21.1, margin))
+        asked.append(Comparison(ARM_TABLE[arm].question, *pair, "stop_accuracy", percent, margin))
     if "transfer" in arms and "reinit" in arms:
-        asked.append(Comparison("Are they better than a fresh draw?", "transfer", "reinit", "stop_accuracy", 21.1))
+        asked.append(Comparison("Are they better than a fresh draw?", "transfer", "reinit", "stop_accuracy", percent))
     return asked
 
 
@@ -982,15 +983,19 @@ def values(networks: pd.DataFrame, column: str, arm: str, level: int) -> np.ndar
     return networks.loc[(arm, level), column].to_numpy()
 
 
-def remaining(networks: pd.DataFrame, arm: str = "rewind") -> np.ndarray:
-    """Percent of weights remaining in an arm, (levels,)."""
-    levels = sorted(networks.index.unique("level"))
-    return np.array([values(networks, "weights_remaining", arm, level)[0] for level in levels])
+def remaining(networks: pd.DataFrame, level: int, arm: str = "rewind") -> float:
+    """Percent of weights remaining in an arm at a level."""
+    return values(networks, "weights_remaining", arm, level)[0]
+
+
+def levels_of(networks: pd.DataFrame) -> list[int]:
+    """The levels of a run, 0 (dense) first."""
+    return sorted(networks.index.unique("level"))
 
 
 def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
     """The levels nearest to so many percent of weights remaining, each once; level 0 only where there is no other."""
-    pruned = remaining(networks)[1:]
+    pruned = np.array([remaining(networks, level) for level in levels_of(networks)[1:]])
     if len(pruned) == 0:
         return [0]
     return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents})
@@ -998,7 +1003,7 @@ def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
 
 def leads(networks: pd.DataFrame, ahead: str, behind: str, level: int, column: str = "stop_accuracy") -> np.ndarray:
     """How many points of test accuracy one arm is ahead of another, (trials,); nan if the other has more weights."""
-    if behind == "small" and remaining(networks, "small")[level] > 1.1 * remaining(networks)[level]:
+    if behind == "small" and remaining(networks, level, "small") > 1.1 * remaining(networks, level):
         return np.full(len(values(networks, column, behind, level)), math.nan)
     return (values(networks, column, ahead, level) - values(networks, column, behind, level)) / 1e4
 
@@ -1030,13 +1035,13 @@ def decide_steps(first: np.ndarray, second: np.ndarray) -> str:
 
 def compare(networks: pd.DataFrame, comparison: Comparison) -> tuple[str, str]:
     """What a run says to a comparison: its own figure in words, and "yes", "no" or "undecided"."""
-    _, ahead, behind, column, percent, margin, _ = comparison
-    (level,) = levels_near(networks, percent)
-    if column in ("stop_step", "catch_up_step"):
-        steps = [values(networks, column, arm, level) for arm in (ahead, behind)]
+    (level,) = levels_near(networks, comparison.percent)
+    pair = (comparison.ahead, comparison.behind)
+    if comparison.measure in ("stop_step", "catch_up_step"):
+        steps = [values(networks, comparison.measure, arm, level) for arm in pair]
         return steps_in_words(*steps), decide_steps(*steps)
-    lead = leads(networks, ahead, behind, level, column)
-    return points(lead), decide(lead, margin)
+    lead = leads(networks, *pair, level, comparison.measure)
+    return points(lead), decide(lead, comparison.margin)
 
 
 def why_untested(networks: pd.DataFrame, comparison: Comparison) -> str:
@@ -1046,7 +1051,7 @@ def why_untested(networks: pd.DataFrame, comparison: Comparison) -> str:
         if arm not in ("dense", *arms_of(networks)):
             return f"no {arm} networks"
     (level,) = levels_near(networks, comparison.percent)
-    if abs(math.log(remaining(networks)[level] / comparison.percent)) > math.log(1.25):
+    if abs(math.log(remaining(networks, level) / comparison.percent)) > math.log(1.25):
         return f"no level near {comparison.percent} %"
     if np.isnan(leads(networks, *compared, level)).any():
         return "has more weights"
@@ -1099,7 +1104,7 @@ def count(number: int, noun: str) -> str:
 
 def left(results: Results, level: int) -> str:
     """Weights remaining in the ticket at a level."""
-    return f"{remaining(results.networks)[level]:.1f} %"
+    return f"{remaining(results.networks, level):.1f} %"
 
 
 def mean_accuracy(networks: pd.DataFrame, column: str, arm: str, level: int) -> str:
@@ -1133,7 +1138,7 @@ def matches_in_words(results: Results, arm: str) -> tuple[str, str]:
     """Down to where an arm matches the dense networks, and from where on it is below them."""
     down_to = "at no level of pruning"
     below = ""
-    for level in range(1, len(remaining(results.networks))):
+    for level in levels_of(results.networks)[1:]:
         answer = matching(results.networks, arm, level)
         if answer == "matches":
             down_to = f"down to {left(results, level)} of the weights"
@@ -1217,21 +1222,23 @@ def claims(results: Results) -> str:
 def answers(results: Results) -> str:
     """A table of the questions to the other arms, answered at a few levels."""
     networks = results.networks
-    asked = questions(arms_of(networks))
-    table = pd.DataFrame({"question": [comparison.claim for comparison in asked],
-                          "lead of": [label(results, comparison.ahead) for comparison in asked],
-                          "over": [label(results, comparison.behind) for comparison in asked]})
-    for level in levels_near(networks, 21.1, 7.0, 3.6):
-        there = [comparison._replace(percent=remaining(networks)[level]) for comparison in asked]
+    levels = levels_near(networks, 21.1, 7.0, 3.6)
+    asked = {level: questions(arms_of(networks), remaining(networks, level)) for level in levels}
+    table = pd.DataFrame({"question": [comparison.claim for comparison in asked[levels[0]]],
+                          "lead of": [label(results, comparison.ahead) for comparison in asked[levels[0]]],
+                          "over": [label(results, comparison.behind) for comparison in asked[levels[0]]]})
+    for level in levels:
         table[f"at {left(results, level)}"] = [
-            why_untested(networks, comparison) or ": ".join(compare(networks, comparison)) for comparison in there]
+            why_untested(networks, comparison) or ": ".join(compare(networks, comparison))
+            for comparison in asked[level]]
     return markdown(table)
 
 
 def level_table(results: Results, arms: list[str]) -> str:
     """A row per level of some arms; more is said of the two main ones."""
     networks = results.networks
-    levels = range(1, len(remaining(networks)))
+    levels = levels_of(networks)[1:]
+    with_steps = early_stops_reached(networks)
     table = pd.DataFrame({"weights remaining": [left(results, level) for level in levels]})
     for arm in arms:
         table[f"{arm}, %"] = [mean_accuracy(networks, "stop_accuracy", arm, level) for level in levels]
@@ -1240,7 +1247,7 @@ def level_table(results: Results, arms: list[str]) -> str:
                 f"{points(leads(networks, arm, 'dense', level))}, {matching(networks, arm, level)}" for level in levels]
         if arm != "rewind":
             table[f"rewind - {arm}"] = [points(leads(networks, "rewind", arm, level)) for level in levels]
-        if early_stops_reached(networks):
+        if with_steps:
             table[f"{arm}, step"] = [median_step(values(networks, "stop_step", arm, level)) for level in levels]
     if "rewind" in arms:
         table[f"rewind at step {results.constants['REWIND_STEP']}, %"] = [
@@ -1279,7 +1286,7 @@ def summary(results: Results) -> str:
     constants = results.constants
     arms = arms_of(results.networks)
     others = [arm for arm in arms if arm not in MAIN]
-    finished = len(remaining(results.networks)) - 1
+    finished = levels_of(results.networks)[-1]
     text = f"# {run_in_words(results)}, {count(constants['TRIALS'], 'trial')}: {', '.join(arms) or 'dense'}\n\n"
     if finished < constants["LEVELS"]:
         text += f"**Unfinished: these are levels 0 to {finished} of {constants['LEVELS']}.**\n\n"
@@ -1321,7 +1328,7 @@ def draw_figures(results: Results) -> dict[str, Figure]:
         drawn.append(early_stopping_plot)
     if arms and results.first_layer is not None and results.first_layer.shape[2] == 28 * 28:
         drawn.append(mask_plot)
-    return {f"{draw.__name__}.png": draw(results) for draw in drawn}
+    return {f"{plot.__name__}.png": plot(results) for plot in drawn}
 
 
 def new_figure(results: Results, title: str, shown: str, panels: list[str], size: tuple[float, float]) -> tuple:
@@ -1385,8 +1392,9 @@ def scale_weights_remaining(axes: Axes, networks: pd.DataFrame) -> None:
 def draw_arm(axes: Axes, results: Results, arm: str, column: str, visible: bool = True) -> tuple[float, str, str]:
     """Draw mean accuracies (and the main arms' ranges) or median steps; out come end, name and colour of the line."""
     networks = results.networks
-    percents = remaining(networks, "rewind" if arm == "dense" else arm)
-    there = np.stack([values(networks, column, arm, level) for level in range(len(percents))])
+    levels = levels_of(networks)
+    percents = [remaining(networks, level, "rewind" if arm == "dense" else arm) for level in levels]
+    there = np.stack([values(networks, column, arm, level) for level in levels])
     if column in ("stop_step", "catch_up_step"):
         middle = np.minimum(np.median(there, 1), 1.1 * results.records["step"].max())
     else:
@@ -1588,7 +1596,7 @@ def mask_plot(results: Results) -> Figure:
     """Where weights of the first layer remain: the share left at each pixel over the mean of all pixels."""
     levels = levels_near(results.networks, 51.3, 21.1, 7.0, 3.6)
     panels = [f"{left(results, level)} of the weights" for level in levels]
-    shares = [((results.first_layer == 0) | (results.first_layer > level)).float().mean((0, 1)) for level in levels]
+    shares = [masks_at({"first": results.first_layer}, level)["first"].mean((0, 1)) for level in levels]
     title = "Where weights of the first layer remain"
     if results.image is not None:
         bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
@@ -1892,7 +1900,7 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     return network
 
 
-def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Masks]], list[str]]:
+def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Levels]], list[str]]:
     """By trial theta0 and pruned_at from TICKETS_FROM, if any, and lines that say what they are.
 
     Raises UserError unless they fit the constants, keep as many weights at each level, and lie clear of this run's own.
@@ -1962,9 +1970,7 @@ def say(text: str, stream: Any = None) -> None:
     rank, _ = process()
     if stream is None and rank > 0:
         return
-    stream = stream or sys.stdout
-    if stream is None:                                      # started without one
-        return
+    stream = stream or sys.stdout                           # None where a program has none: print says nothing then
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
@@ -1995,7 +2001,8 @@ def progress_bar(done: int) -> tqdm:
 
 def report_level(state: State, bar: tqdm) -> None:
     """Print a line about the level that was finished last."""
-    networks = measure(pd.DataFrame(state.records)).xs(state.level, level="level")
+    rows = [row for row in state.records if row["level"] in (0, state.level)]
+    networks = measure(pd.DataFrame(rows)).xs(state.level, level="level")
     arms = ARMS if LEVELS > 0 else ("dense",)
     cells = []
     for arm in arms:
@@ -2014,24 +2021,34 @@ def is_path(text: str) -> bool:
     return text != "" and "\0" not in text
 
 
-# Of each constant: its type, what it must be, and the same as a condition; or the words that it is one of
+def are_arms(names: tuple) -> bool:
+    """Whether they are arms, at least one, and each once."""
+    known = list(ARM_TABLE)
+    return len(names) > 0 and all(name in known for name in names) and len(set(names)) == len(names)
+
+
+def one_of(*words: str) -> tuple[type, str, Callable[[str], bool]]:
+    """The check of a constant that is one of some words."""
+    return str, "one of " + ", ".join(words), words.__contains__
+
+
+# Of each constant: its type, what it must be, and the same as a condition
 CHECKS = {
-    "DATASET": (str, tuple(CONTENTS)),
-    "PIXELS": (str, ("standardised", "unit_interval", "unit_length")),
+    "DATASET": one_of(*CONTENTS),
+    "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
     "MODEL": (str, "a name that build_network knows", is_path),
-    "INIT": (str, ("kaiming_normal", "xavier_normal")),
+    "INIT": one_of("kaiming_normal", "xavier_normal"),
     "DROPOUT": (float, "a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
-    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
-        sorted(set(map(str, arms)) & ARM_TABLE.keys()) == sorted(map(str, arms)) != [])),
-    "TRIALS": (int, "a whole number, 1 to 1000", lambda count: 1 <= count <= 1_000),
-    "LEVELS": (int, "a whole number, 0 to 255", lambda count: 0 <= count <= 255),       # tickets.pt has 8 bits for them
+    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), are_arms),
+    "TRIALS": (int, "a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
+    "LEVELS": (int, "a whole number, 0 to 255", lambda number: 0 <= number <= 255),     # tickets.pt has 8 bits for them
     "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
-    "PRUNE_SCOPE": (str, ("layer", "global")),
+    "PRUNE_SCOPE": one_of("layer", "global"),
     "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
     "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
     "SEED": (int, "a whole number, 0 or more", lambda seed: seed >= 0),
     "VALIDATION_SIZE": (int, "a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
-    "EPOCHS": (int, "a whole number, 1 or more", lambda count: count >= 1),
+    "EPOCHS": (int, "a whole number, 1 or more", lambda number: number >= 1),
     "BATCH_SIZE": (int, "a whole number, 1 to as many as there are images to train on", lambda size: (
         1 <= size <= 60_000 - VALIDATION_SIZE)),
     "LEARNING_RATE": (float, "a number above 0", lambda rate: 0 < rate < math.inf),
@@ -2046,24 +2063,24 @@ CHECKS = {
 
 def constants() -> dict:
     """All constants as they stand, by name; 0 and 0.0 are the same."""
-    values = {}
+    found = {}
     for name, (kind, *_) in CHECKS.items():
         value = globals()[name]
         if kind in (float, float | None) and isinstance(value, int | float) and not isinstance(value, bool):
             value = float(value)                            # numpy's numbers, too
-        values[name] = value
-    return values
+        found[name] = value
+    return found
 
 
 def read_arguments(arguments: list[str]) -> dict:
     """Constants set for this run. Values are Python literals, a bare word is a string, ARMS may be rewind,shuffle."""
-    values = {}
+    found = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not (name and equals):
             raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
         if name not in CHECKS:
-            meant = difflib.get_close_matches(name.upper(), CHECKS, n=1, cutoff=0) [0]
+            meant = difflib.get_close_matches(name.upper(), CHECKS, n=1, cutoff=0)[0]
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
         try:
             value = ast.literal_eval(text)
@@ -2075,18 +2092,15 @@ def read_arguments(arguments: list[str]) -> dict:
             value = tuple(value)
         elif CHECKS[name][0] in (str, str | None) and not isinstance(value, CHECKS[name][0]):
             value = text                                    # a folder may be called 2026
-        values[name] = value
-    return values
+        found[name] = value
+    return found
 
 
 def check_constants() -> None:
     """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
     for name, value in constants().items():
-        kind, must, *holds = CHECKS[name]
-        if not holds:
-            holds = [must.__contains__]
-            must = "one of " + ", ".join(must)
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds[0](value):
+        kind, must, holds = CHECKS[name]
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
             raise UserError(f"{name} must be {must}, not {value!r}.")
     if "rewind" not in ARMS:
         raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
@@ -2121,18 +2135,18 @@ def check_network(device: torch.device) -> None:
 
 def check_levels(network: nn.Sequential) -> None:
     """Raise UserError where a level would prune no weight of a layer, or all of them."""
-    left = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
+    there = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
     rates = prune_rates(network)
     if PRUNE_SCOPE == "global":
-        left = {"all layers": sum(left.values())}
+        there = {"all layers": sum(there.values())}
         rates = {"all layers": PRUNE_RATE}
     for level in range(1, LEVELS + 1):
         for name, rate in rates.items():
-            gone = round(rate * left[name])
-            if not 0 < gone < left[name]:
+            gone = round(rate * there[name])
+            if not 0 < gone < there[name]:
                 raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of "
-                                f"the {left[name]} weights left in {name} would be pruned.")
-            left[name] -= gone
+                                f"the {there[name]} weights left in {name} would be pruned.")
+            there[name] -= gone
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2176,8 +2190,8 @@ def main(arguments: list[str]) -> None:
     What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback.
     """
     if {"-h", "--help"} & set(arguments):
-        values = "\n".join(f"  {name} = {value!r}" for name, value in constants().items())
-        say(f"{__doc__}\nConstants:\n{values}")
+        lines = "\n".join(f"  {name} = {value!r}" for name, value in constants().items())
+        say(f"{__doc__}\nConstants:\n{lines}")
         return
     if not RUNNING.acquire(blocking=False):
         raise UserError("another run is under way in this Python process: start this one in a process of its own.")
