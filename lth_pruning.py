@@ -123,7 +123,7 @@ class State:
     """What a run has found so far, by trial; it is saved after every level."""
 
     level: int = -1                                                     # the last one that is finished
-    theta: dict[int, Weights] = field(default_factory=dict)             # to rewind to: the weights after REWIND_STEP
+    theta_k: dict[int, Weights] = field(default_factory=dict)           # to rewind to: the weights after REWIND_STEP
     pruned_at: dict[int, Levels] = field(default_factory=dict)          # all masks of all levels
     dense: dict[int, Weights] = field(default_factory=dict)             # the dense networks as trained
     trained: dict[int, Weights] = field(default_factory=dict)           # networks of the last level, to be pruned next
@@ -184,20 +184,22 @@ def start_networks(networks: list[Network], level: int, state: State,
     """The weights and masks that these networks start from."""
     starts = []
     for arm, trial in networks:
-        initial = initial_weights(generator("init", trial))
         if level == 0:
+            initial = initial_weights(generator("init", trial))
             starts.append((initial, full_masks(initial)))
             continue
 
         if first_step(arm) == REWIND_STEP:
-            initial = state.theta[trial]
+            original = state.theta_k[trial]
+        else:
+            original = initial_weights(generator("init", trial))
+        masks = masks_at(state.pruned_at[trial], level)
         ticket = None
         if trial in elsewhere:
             weights, pruned_at = elsewhere[trial]
             ticket = weights, masks_at(pruned_at, level)
         random = generator(f"arm {arm}", trial, level)
-        masks = masks_at(state.pruned_at[trial], level)
-        given = Given(initial, masks, state.dense[trial], state.trained[trial], ticket, random)
+        given = Given(original, masks, state.dense[trial], state.trained[trial], ticket, random)
         starts.append(ARM_TABLE[arm].start(given))
     return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
 
@@ -211,17 +213,17 @@ def record(found: State, networks: list[Network], masks: Stack, early: Stack, tr
     for n, (arm, trial) in enumerate(networks):
         network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": found.level,
                    "weights_remaining": float(f"{percent[n]:.6g}")}
-        for step, *measures in evaluations:
+        for step, *numbers in evaluations:
             row = network | {"step": step}
-            for column, measure in zip(columns, measures, strict=True):
-                row[column] = float(f"{measure[n]:.6g}")    # as many digits as metrics.csv has
+            for column, of_networks in zip(columns, numbers, strict=True):
+                row[column] = float(f"{of_networks[n]:.6g}")        # as many digits as metrics.csv has
             found.records.append(row)
         # Copies: views would take the memory of the whole stack along.
         if arm in ("dense", "rewind"):
             found.trained[trial] = copied(pick(trained, n))
         if arm == "dense":
             found.dense[trial] = found.trained[trial]
-            found.theta[trial] = copied(pick(early, n))
+            found.theta_k[trial] = copied(pick(early, n))
             found.pruned_at[trial] = {name: torch.zeros_like(mask, dtype=torch.uint8)
                                       for name, mask in pick(masks, n).items()}
 
@@ -236,7 +238,7 @@ def merge(state: State, parts: list[State]) -> None:
     for part in parts:
         state.trained |= part.trained
         state.dense |= part.dense
-        state.theta |= part.theta
+        state.theta_k |= part.theta_k
         state.pruned_at |= part.pruned_at
 
 
@@ -371,14 +373,14 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
     layers = list(network.named_children())
     flatten = [isinstance(layer, nn.Flatten) for _, layer in layers].index(True)
     sets = len(images)
-    per_set = len(weights["output.bias"]) // sets           # networks that see the same images
+    nets_per_set = len(weights["output.bias"]) // sets
 
     if flatten == 0:
-        x = images.flatten(2).repeat_interleave(per_set, 0)                             # (nets, batch, units)
+        x = images.flatten(2).repeat_interleave(nets_per_set, 0)                        # (nets, batch, units)
     else:
         parts = []
         for n in range(sets):
-            own = pick(weights, slice(n * per_set, (n + 1) * per_set))
+            own = pick(weights, slice(n * nets_per_set, (n + 1) * nets_per_set))
             parts.append(convolve(layers[:flatten], own, images[n]))
         x = torch.cat(parts)
     x = x.mT                                                                            # (nets, units, batch)
@@ -390,7 +392,7 @@ def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Ite
         elif isinstance(layer, nn.Dropout):
             factor = next(dropout, None)
             if factor is not None:
-                by_set = x.unflatten(0, (sets, per_set)) * factor.unsqueeze(1)
+                by_set = x.unflatten(0, (sets, nets_per_set)) * factor.unsqueeze(1)
                 x = by_set.flatten(0, 1)
         else:
             x = layer(x)                                                                # ReLU
@@ -414,17 +416,19 @@ def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> 
     network from the second on. In channels-last memory this takes half the time of one after the other.
     """
     # One channel is contiguous in both layouts; oneDNN takes the fast path only if the strides say channels last.
-    x = x.as_strided(x.shape, (784, 1, 28, 1))
-    groups = 1
+    x = x.contiguous().as_strided(x.shape, (784, 1, 28, 1))
+    nets = len(weights["output.bias"])
+    groups = 1                                              # so far all networks have the same activations
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d):
             kernels = weights[f"{name}.weight"].flatten(0, 1)
             bias = weights[f"{name}.bias"].flatten()
             x = F.conv2d(x, kernels, bias, layer.stride, layer.padding, layer.dilation, groups)
-            groups = len(weights[f"{name}.weight"])
+            groups = nets
         else:
             x = layer(x)                                                                # ReLU and pooling
-    return x.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+    x = x.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)                         # (groups, batch, units)
+    return x.expand(nets, -1, -1)
 
 
 def dropped_units(network: nn.Sequential) -> list[int]:
@@ -484,9 +488,9 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
                 for name, mask in masks.items()}
 
     rate = max(rates.values())                              # the same for all layers
-    values = torch.cat([weights[name].flatten() for name in masks])
+    all_weights = torch.cat([weights[name].flatten() for name in masks])
     mask = torch.cat([mask.flatten() for mask in masks.values()])
-    mask = remove_smallest(values, mask, round(rate * int(mask.sum())))
+    mask = remove_smallest(all_weights, mask, round(rate * int(mask.sum())))
     parts = mask.split([mask.numel() for mask in masks.values()])
     pruned = {}
     for name, part in zip(masks, parts, strict=True):
@@ -798,7 +802,7 @@ def evaluate_all(network: nn.Sequential, weights: Stack, data: Dataset, train_lo
     """train_loss, val_loss, val_accuracy and test_accuracy, (nets,), on the CPU."""
     val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
     _, test_accuracy = evaluate(network, weights, *data["test"])
-    return [measure.cpu() for measure in (train_loss, val_loss, val_accuracy, test_accuracy)]
+    return [numbers.cpu() for numbers in (train_loss, val_loss, val_accuracy, test_accuracy)]
 
 
 @torch.no_grad()
@@ -877,6 +881,7 @@ def prepare_device() -> torch.device:
         raise UserError(f"DEVICE={DEVICE} cannot be used here: DEVICE=auto takes what there is.") from None
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False             # for products, PyTorch has it off by itself
+        torch.backends.cudnn.deterministic = True
         torch.cuda.set_device(device)
     return device
 
@@ -1785,7 +1790,7 @@ def write_results(state: State, data: Dataset, notes: list[str], folder: Path) -
     state = up_to_level(state, LEVELS)
     write_whole(folder / "metrics.csv", metrics_of(state))
     tickets = {"constants": constants() | {"LEVELS": state.level},
-               "theta0": stack([state.theta[trial] for trial in range(TRIALS)]),
+               "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
                "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)]),
                "mean_image": data["train"][0].mean(0).squeeze(0).cpu()}
     write_whole(folder / "tickets.pt", packed(tickets))

@@ -228,7 +228,7 @@ def test_arms_get_one_networks_tensors_as_pytorch_shapes_them_and_change_nothing
         assert [{name: tensor.shape for name, tensor in tensors.items()}
                 for tensors in found] == 4 * [shapes] + 2 * [prunable]
     for trial in range(2):
-        torch.testing.assert_close(run.state.theta[trial], run.late[trial])
+        torch.testing.assert_close(run.state.theta_k[trial], run.late[trial])
         torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
         torch.testing.assert_close(run.state.trained[trial], run.trained["rewind", trial, 3], rtol=0, atol=0)
 
