@@ -927,7 +927,8 @@ CLAIMS = (
     Comparison("Tickets beat shuffled connections", "rewind", "shuffle", "stop_accuracy", 21.1, 0, "(curves)"),
     Comparison("Tickets stop before dense networks", "rewind", "dense", "stop_step", 21.1, 0, "38 % earlier"),
     Comparison("Tickets stop before re-initialised networks", "rewind", "reinit", "stop_step", 21.1, 0, "60 % earlier"),
-    Comparison("Tickets catch up before re-initialised ones", "rewind", "reinit", "catch_up_step", 21.1, 0, "(ours)"))
+    Comparison("Tickets catch up before re-initialised ones", "rewind", "reinit", "catch_up_step", 21.1, 0,
+               "our own claim"))
 
 
 def questions(arms: list[str], percent: float) -> list[Comparison]:
@@ -1079,15 +1080,20 @@ def label(results: Results, arm: str) -> str:
     """What an arm is called in the tables and figures of this run."""
     if arm == "dense":
         return "dense network"
-    words = ARM_TABLE[arm].label
-    step = results.constants["REWIND_STEP"]
-    if step > 0 and ARM_TABLE[arm].late:
-        words = words.replace("original weights", f"the weights of step {step}")
-        words = words.replace("original values", f"values of step {step}")
+    words = as_rewound(results, ARM_TABLE[arm].label)
     found = re.search(r"^Transferred tickets: DATASET = '(\w+)'", results.provenance, re.MULTILINE)
     if arm == "transfer" and found and found[1] != results.constants["DATASET"]:
         words = f"ticket from {found[1].replace('FashionMNIST', 'Fashion-MNIST')}"
     return words
+
+
+def as_rewound(results: Results, text: str) -> str:
+    """A text on original weights, as it is true of a run that rewinds to a later step: there it names that step."""
+    step = results.constants["REWIND_STEP"]
+    if step > 0:
+        text = re.sub("original (initial )?weights", f"weights of step {step}", text)
+        text = text.replace("original values", f"values of step {step}")
+    return text
 
 
 def run_in_words(results: Results) -> str:
@@ -1180,8 +1186,8 @@ def verdict(results: Results) -> list[str]:
         sentences.append(f"{where}, the ticket's lead over networks {label(results, 'reinit')} is {lead} points.")
     if len(arms) > 2 and len(dense) >= 3:
         sentences.append(f"It is ahead of {len(beaten(networks, level))} of {len(arms) - 1} other arms.")
-    masked = mean_accuracy(networks, "start_accuracy", "rewind", level)
-    sentences.append(f"{where}, tickets that are merely masked, {untrained(results)}, have {masked} % test accuracy.")
+    start = mean_accuracy(networks, "start_accuracy", "rewind", level)
+    sentences.append(f"{where}, {untrained(results)}, masked only, have {start} % test accuracy.")
     return sentences
 
 
@@ -1191,9 +1197,9 @@ def beaten(networks: pd.DataFrame, level: int) -> list[str]:
 
 
 def untrained(results: Results) -> str:
-    """How far networks have come that are masked, but have taken no step since."""
+    """What tickets are called that have taken no step since they were masked."""
     step = results.constants["REWIND_STEP"]
-    return f"at step {step}" if step > 0 else "not trained at all"
+    return f"tickets at step {step}" if step > 0 else "untrained tickets"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -1218,7 +1224,8 @@ def claims(results: Results) -> str:
         ours, answer = compare(networks, comparison)
         answer = {"yes": "borne out", "no": "contradicted"}.get(answer, answer)
         rows.append([comparison.claim, left(results, level), comparison.published, ours, answer])
-    text = markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
+    text = "The paper's figures are for LeNet-300-100 on MNIST, by its own protocol. *Beat*: are more accurate.\n\n"
+    text += markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
     if untested:
         text += f"Not tested here: {'; '.join(untested)}.\n\n"
     return text
@@ -1255,7 +1262,7 @@ def level_table(results: Results, arms: list[str]) -> str:
         if with_steps:
             table[f"{arm}, step"] = [median_step(values(networks, "stop_step", arm, level)) for level in levels]
     if "rewind" in arms:
-        table[f"rewind at step {results.constants['REWIND_STEP']}, %"] = [
+        table["rewind, masked only, %"] = [
             mean_accuracy(networks, "start_accuracy", "rewind", level) for level in levels]
     return markdown(table)
 
@@ -1265,26 +1272,23 @@ def early_stops_reached(networks: pd.DataFrame) -> bool:
     return bool(np.isfinite(networks.loc["rewind", "stop_step"].groupby("level").median()).any())
 
 
-EARLY = [arm for arm in ARM_TABLE if not ARM_TABLE[arm].late]
 HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
 
-*Rewind* is the winning ticket: the surviving connections with their original initial weights; *reinit* has the same
-ones with a fresh draw. (Rewound to a later step, all arms start from that step's weights but {", ".join(EARLY)}.)
-Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; in the last 5 % of
-the training, or at one of its last two evaluations, its step counts as not reached. Leads are paired by trial: mean and
-half of the 95 % interval (Student's t), in points. An arm *matches* the dense networks where the whole interval lies
-above -{MATCHING_MARGIN}; else it is *below* them where the whole of it lies under 0. "Down to" names the sparsest level
-that matches, "from ... on" the first of those that are all below; single levels between may be anything. A claim is
-*borne out* (*yes*) where the whole interval lies above 0 (to match, be enough or lose nothing: above
--{MATCHING_MARGIN}), *contradicted* (*no*) where the whole of it lies below that; on steps an exact sign test decides
-(one-sided, 5 %). Intervals hold for one test set and one validation split, each level by itself.
+How to read this:
 
-## The paper's claims
-
-The paper's figures are for LeNet-300-100 on MNIST, by its own protocol. *Beat*: are more accurate.
-
+- *Rewind* is the winning ticket: the surviving connections with their original initial weights. *Reinit* has the same
+  connections with a fresh draw of weights.
+- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Where this comes
+  in the last 5 % of the training, or at one of its last two evaluations, its step counts as not reached.
+- Differences are taken within each trial, in points: their mean ± half of its 95 % interval (Student's t). Intervals
+  hold for one test set and one validation split, and each level by itself.
+- An arm *matches* the dense networks where the whole interval lies above -{MATCHING_MARGIN} points; else it is *below*
+  them where the whole of it lies under 0. "Down to" names the sparsest level that matches, "from ... on" the first of
+  those that are all below; single levels between may be anything.
+- A claim is *borne out*, a question answered *yes*, where the whole interval lies above 0 (for "match", "enough",
+  "carry over" and "lose nothing": above -{MATCHING_MARGIN}); *contradicted*, or *no*, where the whole of it lies below.
+  On steps an exact sign test decides (one-sided, 5 %). All else is *undecided*.
 """
-
 
 def summary(results: Results) -> str:
     """summary.md: the verdict, the picture, the claims and questions with their answers, a row per level, constants."""
@@ -1297,15 +1301,16 @@ def summary(results: Results) -> str:
         text += f"**Unfinished: these are levels 0 to {finished} of {constants['LEVELS']}.**\n\n"
     text += "\n".join(f"- {sentence}" for sentence in verdict(results)) + "\n\n"
     if arms:
-        text += HOW_TO_READ + claims(results)
+        text += as_rewound(results, HOW_TO_READ)
+        if constants["REWIND_STEP"] > 0:
+            early = ", ".join(arm for arm in ARM_TABLE if not ARM_TABLE[arm].late)
+            text += f"- From step 0 start, whatever the others are rewound to: {early}.\n"
+        text += "\n## The paper's claims\n\n" + claims(results)
         if others:
-            text += "## What the other arms tell\n\n" + answers(results)
+            text += "## What the other arms tell\n\n" + as_rewound(results, answers(results))
         text += "## Level by level\n\n" + level_table(results, [arm for arm in arms if arm not in others])
         if others:
             text += f"<details>\n<summary>The other arms</summary>\n\n{level_table(results, others)}</details>\n\n"
-    if constants["REWIND_STEP"] > 0:
-        later = f"weights of step {constants['REWIND_STEP']}"
-        text = text.replace("original initial weights", later).replace("original weights", later)
     lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
     return text + f"## Constants and versions\n\n```\n{lines}\n```\n\n" + results.provenance.rstrip("\n") + "\n"
 
@@ -1487,10 +1492,10 @@ def supermask_plot(results: Results) -> Figure:
     """Test accuracy before an arm's first step: what its mask and its weights are good for without training."""
     networks = results.networks
     best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
-    title = f"Tickets that are merely masked, {untrained(results)}, have up to {best['rewind']:.1f} % test accuracy"
+    title = f"{untrained(results).capitalize()} have up to {best['rewind']:.1f} % test accuracy"
     figure, (axes,) = new_figure(results, title, "means and ranges", [""], (10, 5.6))
     scale_weights_remaining(axes, networks)
-    axes.set(ylim=(0, 100), ylabel="test accuracy when merely masked (%)")
+    axes.set(ylim=(0, 100), ylabel="test accuracy when masked only (%)")
     axes.axhline(10, color=GREY, linestyle=":")
     arms = [arm for arm in arms_of(networks) if arm != "finetune"]              # that one has been trained
     ends = {arm: draw_arm(axes, results, arm, "start_accuracy") for arm in arms}
@@ -1505,10 +1510,10 @@ def leads_plot(results: Results) -> Figure:
     levels = levels_near(networks, 21.1, 7.0, 3.6)
     panels = [f"{left(results, level)} of the weights" for level in levels]
     arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
-    others = [label(results, arm) for arm in arms if arm not in beaten(networks, levels[0])]
+    others = [f'"{label(results, arm)}"' for arm in arms if arm not in beaten(networks, levels[0])]
     title = f"With {panels[0]}, the ticket is ahead of {len(arms) - len(others)} of {len(arms)} other arms"
     if len(others) in (1, 2):
-        title += f": not of {' and '.join(others)}"
+        title += f", not of {' and '.join(others)}"
     if results.constants["TRIALS"] < 3:
         title = "The ticket's lead over other arms: too few trials to tell"
     figure, row = new_figure(results, title, "paired differences: means and 95 % intervals", panels,
@@ -1517,7 +1522,8 @@ def leads_plot(results: Results) -> Figure:
         axes.axvline(0, color=GREY, linestyle="--")
         for place, arm in enumerate(arms):
             mean, half = interval(leads(networks, "rewind", arm, level))
-            axes.errorbar(mean, place, xerr=half, capsize=4, **drawn_as(arm))
+            small = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
+            axes.errorbar(mean, place, xerr=half, capsize=6, **small)               # a narrow interval shows, too
         axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead in test accuracy (points)")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -1525,34 +1531,36 @@ def leads_plot(results: Results) -> Figure:
     return figure
 
 
-def timing(results: Results, column: str, does: dict[str, str]) -> str:
-    """A title that says when some networks, with what they do by arm, come to a step."""
-    (level,) = levels_near(results.networks, 21.1)
-    title = f"With {left(results, level)} of the weights"
-    for arm, words in does.items():
-        if arm in results.networks.index.unique("arm"):
-            step = median_step(values(results.networks, column, arm, level))
-            title += f", {words} at step {step}".replace("at step not reached", "not before the end")
-    return title
-
-
 def learning_curves(results: Results) -> Figure:
     """Test accuracy while training, at a few levels."""
     networks = results.networks
     levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    title = timing(results, "catch_up_step", {"rewind": "tickets reach the dense networks' final validation accuracy",
-                                              "reinit": "re-initialised ones"})
-    if levels == [0]:
-        title = f"Dense networks end at {mean_accuracy(networks, 'final_accuracy', 'dense', 0)} % test accuracy"
-    figure, row = new_figure(results, title, "steps: medians; curves: means and ranges",
+    (level,) = levels_near(networks, 21.1)
+    step, means = early_accuracies(results, level)
+    title = f"At step {step}, dense networks have {means['dense']:.1f} % test accuracy"
+    if "rewind" in means:
+        title += f", tickets with {left(results, level)} of the weights {means['rewind']:.1f} %"
+    if "reinit" in means:
+        title += f", re-initialised ones {means['reinit']:.1f} %"
+    figure, row = new_figure(results, title, "means and ranges",
                              [f"{left(results, level)} of the weights" for level in levels],
                              (max(10, 2.5 + 3.1 * len(levels)), 5.8))
     for axes, level in zip(row, levels, strict=True):
         names = learning_panel(axes, results, level)
         axes.tick_params(labelleft=axes is row[0])
-    row[0].set(ylabel="test accuracy (%)")
+    row[0].set(ylabel="test accuracy (%), stretched towards 100")
     name_lines(row[-1], names)
     return figure
+
+
+def early_accuracies(results: Results, level: int) -> tuple[int, pd.Series]:
+    """An early step, 100 where it can be, and the mean test accuracies then: of dense networks, and arms at a level."""
+    records = results.records
+    rows = records[(records["level"] == level) | (records["arm"] == "dense")]
+    means = rows.pivot_table(index="step", columns="arm", values="test_accuracy").dropna()
+    late = means.index[means.index >= max(100, results.constants["REWIND_STEP"] + 1)]
+    step = late.min() if len(late) > 0 else means.index.max()
+    return step, means.loc[step]
 
 
 def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float, str, str]]:
@@ -1574,7 +1582,7 @@ def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float
         lambda percent: -np.log(np.maximum(100.5 - percent, 1e-9)), lambda y: 100.5 - np.exp(-y)))
     axes.set_yticks([0, 50, 80, 90, 95, 98, 99])
     axes.minorticks_off()
-    axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step", ylabel="")
+    axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step (log)", ylabel="")
     axes.set_ylim(0, min(99.8, records["test_accuracy"].max() + 0.3))
     return names
 
@@ -1582,8 +1590,13 @@ def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float
 def early_stopping_plot(results: Results) -> Figure:
     """Median steps of early stop, and of catching up with the dense networks, versus weights remaining."""
     last = results.records["step"].max()
-    title = timing(results, "stop_step", {"rewind": "tickets stop improving", "reinit": "re-initialised ones",
-                                          "dense": "dense networks"})
+    (level,) = levels_near(results.networks, 21.1)
+    title = f"With {left(results, level)} of the weights"
+    does = {"rewind": "tickets stop improving", "reinit": "re-initialised ones", "dense": "dense networks"}
+    for arm, words in does.items():
+        if arm in results.networks.index.unique("arm"):
+            step = median_step(values(results.networks, "stop_step", arm, level))
+            title += f", {words} at step {step}".replace("at step not reached", "not by the end")
     panels = {"stop_step": "Step of the lowest validation loss",
               "catch_up_step": "Step at the dense network's final validation accuracy"}
     figure, row = new_figure(results, title, "medians", list(panels.values()), (14, 6))
@@ -1591,7 +1604,7 @@ def early_stopping_plot(results: Results) -> Figure:
         scale_weights_remaining(axes, results.networks)
         axes.set(ylim=(0, 1.2 * last), ylabel="training step")
         ticks = [tick for tick in axes.get_yticks() if tick <= last]
-        axes.set_yticks([*ticks, 1.1 * last], [*[f"{tick:.0f}" for tick in ticks], "not\nreached"])
+        axes.set_yticks([*ticks, 1.1 * last], [*[f"{tick:.0f}" for tick in ticks], "not by\nthe end"])
         arms = ("dense", *arms_of(results.networks))
         name_lines(axes, [draw_arm(axes, results, arm, column) for arm in arms])
     return figure
