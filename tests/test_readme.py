@@ -20,7 +20,7 @@ PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
 SECTIONS = [(page, text) for page in PAGES for text in re.split(r"^(?=## )", page.read_text(), flags=re.M)]
 TABLES = [(page, *found) for page in PAGES
           for found in re.findall(r"^<!-- (results.*) -->\n((?:\|.*\n)+)", page.read_text(), re.M)]
-RECIPES = re.findall(r"\]\(results/(\w+)/summary\.md\)[^:]*:\s((?:[^.]|\.\d)*)\.", SECTIONS[2][1])
+RECIPES = re.findall(r"^# .*: (.*)\npython .* RESULTS_DIR=results/(\w+)$", SECTIONS[2][1], re.M)
 
 
 @functools.cache
@@ -129,9 +129,8 @@ def recompute(lth, folder: str, head: list[str], rows: list[list[str]]) -> list[
 
 def test_there_are_tables_and_recipes():
     assert {page for page, *_ in TABLES} == set(PAGES)
-    linked = {*re.findall(r"results/(\w+)/summary", SECTIONS[2][1])}
-    assert {folder for folder, _ in RECIPES} == linked
-    assert {*re.findall(r"RESULTS_DIR=results/(\w+)", SECTIONS[2][1])} == linked | {"quick"}
+    folders = {path.parent.name for path in SCRIPT.parent.glob("results/*/metrics.csv")}
+    assert {folder for _, folder in RECIPES} == folders
 
 
 @pytest.mark.parametrize(("folder", "text"), [table[1:] for table in TABLES])
@@ -162,6 +161,8 @@ def test_the_numbers_of_sentences_are_the_records(page, text):
 def outcome(folder: str) -> str:
     """Whether another task's tickets carry over, or down to where tickets match, and what is ahead at 21.1 %."""
     networks = run(f"results/{folder}")                         # level 7: 21.1 %, and of LeNet-5 22.4 %
+    if networks["trial"].nunique() < 3:
+        return "two trials decide nothing"
     if "transfer" in networks.index.unique("arm"):
         return {"no": "they do not carry over"}[answer(networks, "transfer", 7)]
     matching = [level for level in {*networks.loc["rewind"].index}
@@ -169,12 +170,12 @@ def outcome(folder: str) -> str:
     ahead = [arm for arm in networks.index.unique("arm") if arm not in ("dense", "rewind")
              and np.subtract(*interval(networks, arm, "rewind", 7)) > 0]
     return (f"tickets match down to {networks.loc[('rewind', max(matching)), 'left'].iloc[0]}"
-            + "".join(f"; at 21.1 % only `{arm}` is ahead of them" for arm in ahead))
+            + "".join(f"; at 21.1 % only {arm} is ahead of them" for arm in ahead))
 
 
-@pytest.mark.parametrize(("folder", "said"), RECIPES)
-def test_what_came_out_of_each_recipe(folder, said):
-    assert re.sub(r"\s+", " ", said) == outcome(folder)
+@pytest.mark.parametrize(("said", "folder"), RECIPES)
+def test_what_came_out_of_each_recipe(said, folder):
+    assert said == outcome(folder)
 
 
 def test_the_readmes_ticket_can_be_loaded_after_cloning(lth, mnist):
