@@ -1340,17 +1340,21 @@ def draw_figures(results: Results) -> dict[str, Figure]:
     return {f"{plot.__name__}.png": plot(results) for plot in drawn}
 
 
-def new_figure(results: Results, title: str, shown: str, panels: list[str], size: tuple[float, float]) -> tuple:
-    """A figure of a size (inches) and its row of axes: a title, a grey line on the run and what is shown, panels."""
+def new_figure(title: str, grey: str, panels: list[str], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of a size (inches) and its row of axes: a title, a grey line under it, panels."""
     figure = Figure(figsize=size, layout="constrained")     # apart from pyplot: a notebook's own figures stay
     figure.suptitle(wrap(title, min(75, int(6.6 * size[0]))), x=0.012, ha="left")
-    grey = f"{run_in_words(results)}; {shown} of {count(results.constants['TRIALS'], 'trial')}"
     body = figure.subfigures()
     body.suptitle(wrap(grey, int(11 * size[0])), x=0.012, ha="left", color="0.4", size=12, weight="normal")
     row = body.subplots(1, len(panels), squeeze=False)[0]
     for axes, words in zip(row, panels, strict=True):
         axes.set_title(words)
     return figure, row
+
+
+def shown_of(results: Results, shown: str) -> str:
+    """What identifies the run, and what is shown of its trials."""
+    return f"{run_in_words(results)}; {shown} of {count(results.constants['TRIALS'], 'trial')}"
 
 
 def wrap(words: str, letters: int) -> str:
@@ -1438,7 +1442,7 @@ def accuracy_plot(results: Results, shown: list[str]) -> Figure:
         panels = {"": next(iter(panels.values()))}
     size = (14, 6.4) if len(panels) > 1 else (10, 5.6)
 
-    figure, row = new_figure(results, accuracy_title(results, shown), "means and ranges", list(panels), size)
+    figure, row = new_figure(accuracy_title(results, shown), shown_of(results, "means and ranges"), list(panels), size)
     for axes, there in zip(row, panels.values(), strict=True):
         scale_weights_remaining(axes, networks)
         low, high = accuracy_limits(networks, there)
@@ -1492,7 +1496,7 @@ def supermask_plot(results: Results) -> Figure:
     networks = results.networks
     best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
     title = f"{untrained(results).capitalize()} have up to {best['rewind']:.1f} % test accuracy"
-    figure, (axes,) = new_figure(results, title, "means and ranges", [""], (10, 5.6))
+    figure, (axes,) = new_figure(title, shown_of(results, "means and ranges"), [""], (10, 5.6))
     scale_weights_remaining(axes, networks)
     axes.set(ylim=(0, 100), ylabel="test accuracy when masked only (%)")
     axes.axhline(10, color=GREY, linestyle=":")
@@ -1515,7 +1519,7 @@ def leads_plot(results: Results) -> Figure:
         title += f", not of {' and '.join(others)}"
     if results.constants["TRIALS"] < 3:
         title = "The ticket's lead over other arms: too few trials to tell"
-    figure, row = new_figure(results, title, "paired differences: means and 95 % intervals", panels,
+    figure, row = new_figure(title, shown_of(results, "paired differences: means and 95 % intervals"), panels,
                              (14, 2.8 + 0.42 * len(arms)))
     for axes, level in zip(row, levels, strict=True):
         axes.axvline(0, color=GREY, linestyle="--")
@@ -1541,7 +1545,7 @@ def learning_curves(results: Results) -> Figure:
         title += f", tickets with {left(results, level)} of the weights {means['rewind']:.1f} %"
     if "reinit" in means:
         title += f", re-initialised ones {means['reinit']:.1f} %"
-    figure, row = new_figure(results, title, "means and ranges",
+    figure, row = new_figure(title, shown_of(results, "means and ranges"),
                              [f"{left(results, level)} of the weights" for level in levels],
                              (max(10, 2.5 + 3.1 * len(levels)), 5.8))
     for axes, level in zip(row, levels, strict=True):
@@ -1598,7 +1602,7 @@ def early_stopping_plot(results: Results) -> Figure:
             title += f", {words} at step {step}".replace("at step not reached", "not by the end")
     panels = {"stop_step": "Step of the lowest validation loss",
               "catch_up_step": "Step at the dense network's final validation accuracy"}
-    figure, row = new_figure(results, title, "medians", list(panels.values()), (14, 6))
+    figure, row = new_figure(title, shown_of(results, "medians"), list(panels.values()), (14, 6))
     for axes, column in zip(row, panels, strict=True):
         scale_weights_remaining(axes, results.networks)
         axes.set(ylim=(0, 1.2 * last), ylabel="training step")
@@ -1620,7 +1624,7 @@ def mask_plot(results: Results) -> Figure:
         held = 100 * shares[-1][bright].sum() / shares[-1].sum()
         title = f"With {panels[-1]}, {held:.0f} % of the first layer's are at the brightest quarter of the pixels"
         panels.insert(0, "mean training image")
-    figure, row = new_figure(results, title, "means", panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
+    figure, row = new_figure(title, shown_of(results, "means"), panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
     if results.image is not None:
         row[0].imshow(results.image.numpy(), cmap="gray_r")
     for axes, share in zip(row[-len(levels):], shares, strict=True):
