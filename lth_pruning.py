@@ -1534,6 +1534,29 @@ def leads_plot(results: Results) -> Figure:
     return figure
 
 
+def leads_over_dense(runs: list[Results]) -> Figure:
+    """The ticket's lead over the dense networks in several runs, which are named by what they do not share."""
+    words = [[*run_in_words(run).split(", "), count(run.constants["TRIALS"], "trial")] for run in runs]
+    shared = [word for word in words[0] if all(word in others for others in words)]
+    near = [leads(run.networks, "rewind", "dense", *levels_near(run.networks, 13.5)).mean() for run in runs]
+    title = f"Near 13.5 % of the weights, tickets lead dense networks by {min(near):+.2f} to {max(near):+.2f} points"
+    figure, (axes,) = new_figure(title, f"{', '.join(shared)}; means and 95 % intervals", [""], (10, 5.6))
+    scale_weights_remaining(axes, pd.concat([run.networks for run in runs]))
+    axes.axhline(0, color=GREY, linestyle="--")
+
+    names = []
+    for n, colour in enumerate(sns.color_palette("crest", len(runs))):
+        networks = runs[n].networks
+        levels = levels_of(networks)[1:]
+        percents = [remaining(networks, level) * 1.02**n for level in levels]           # side by side
+        intervals = np.array([interval(leads(networks, "rewind", "dense", level)) for level in levels])
+        axes.errorbar(percents, intervals[:, 0], intervals[:, 1], color=colour, marker="os^DvX"[n % 6], capsize=3)
+        names.append((intervals[-1, 0], ", ".join(word for word in words[n] if word not in shared), colour))
+    axes.set(ylim=axes.get_ylim(), ylabel="lead in test accuracy (points)")
+    name_lines(axes, names)
+    return figure
+
+
 def learning_curves(results: Results) -> Figure:
     """Test accuracy while training, at a few levels."""
     networks = results.networks
@@ -1857,28 +1880,44 @@ def draw(results: Results, folder: Path) -> None:
     with matplotlib.style.context(["default", STYLE], after_reset=True):
         figures = draw_figures(results)
         for name, figure in figures.items():
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
-            write_whole(folder / name, image.getvalue())
+            write_whole(folder / name, png(figure))
     for name in FIGURES:
         kept = name == "mask_plot.png" and results.first_layer is None
         if name not in figures and not kept:
             (folder / name).unlink(missing_ok=True)
 
 
-def redraw(folder: str | Path) -> None:
-    """Draw a results folder's summary and figures again: from metrics.csv, summary.md's constants, and tickets.pt (the
-    mask figure stays as it is where there is none). Raises UserError where they cannot be read."""
+def png(figure: Figure) -> bytes:
+    """A figure as the contents of a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
+def read_folder(folder: str | Path) -> Results:
+    """A results folder's run, from metrics.csv, summary.md's constants, and tickets.pt where there is one. Raises
+    UserError where they cannot be read."""
     folder = beside_script(folder)
     try:
         text = (folder / "summary.md").read_text(encoding="utf-8")
         block, below = text.split("## Constants and versions\n\n```\n")[1].split("```\n", 1)
         settings = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", block, re.M)}
-        results = read_results(folder, settings, below.strip())
+        return read_results(folder, settings, below.strip())
     except (OSError, ValueError, SyntaxError, LookupError) as error:
         raise UserError(f"{folder} holds no results that can be drawn ({error}): it needs metrics.csv and summary.md "
                         "of a run.") from None
-    draw(results, folder)
+
+
+def redraw(folder: str | Path) -> None:
+    """Draw a results folder's summary and figures again, its mask figure only where there is tickets.pt."""
+    draw(read_folder(folder), beside_script(folder))
+
+
+def compare_runs(folders: list[str | Path], path: str | Path) -> None:
+    """Draw the ticket's lead over the dense networks in several results folders into one PNG at the path."""
+    runs = [read_folder(folder) for folder in folders]
+    with matplotlib.style.context(["default", STYLE], after_reset=True):
+        write_whole(beside_script(path), png(leads_over_dense(runs)))
 
 
 # ---- Tickets that are kept -------------------------------------------------------------------------------------------
