@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPT, flip, seeded
+from conftest import SCRIPT, flipped, seeded
 
 ARCHIVES = SCRIPT.parent / "data" / "MNIST" / "raw"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -76,7 +76,8 @@ def test_every_image_is_in_one_part_with_its_own_label_and_scaled_as_asked(lth, 
 
 
 DAMAGE = {
-    "bit": lambda path: flip(path, 5_000), "half": lambda path: path.write_bytes(path.read_bytes()[:6_000]),
+    "bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:6_000]),
     "empty": lambda path: path.write_bytes(b""), "missing": Path.unlink,
     "folder": lambda path: (path.unlink(), path.mkdir())}
 
