@@ -33,7 +33,8 @@ def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> to
 
 @pytest.mark.parametrize("model", ["mlp", "lenet", "own"])
 def test_pruning_removes_what_l1_unstructured_removes(lth, model):
-    """Layer by layer, over four levels; half the rate in convolutions and the output layer, and of biases none."""
+    """Layer by layer, over four levels; half the rate in convolutions and the output layer, and of biases none. A
+    global scope has one rate."""
     use_model(lth, model)
     lth.use(PRUNE_RATE=0.3)
     plain = lth.build_network(model, 0)
@@ -47,6 +48,8 @@ def test_pruning_removes_what_l1_unstructured_removes(lth, model):
             rate = 0.15 if name == "output.weight" or isinstance(layer, nn.Conv2d) else 0.3
             torch_prune.l1_unstructured(layer, "weight", amount=rate, importance_scores=weights[name])
             assert torch.equal(mask, layer.weight_mask), (level, name)
+    lth.use(PRUNE_SCOPE="global")
+    assert set(lth.prune_rates(lth.build_network(model, 0)).values()) == {0.3}
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -63,14 +66,6 @@ def test_counts_are_exact_and_ties_go_by_index(lth, scope):
                                   for tensors in (weights, before, masks))
             assert torch.equal(left, without_smallest(values, mask, round(0.2 * mask.sum().item())))
         assert all(masks[name].shape == shape for name, shape in shapes.items())
-
-
-def test_a_global_scope_has_one_rate_and_leaves_no_layer_empty(lth):
-    lth.use(PRUNE_SCOPE="global", PRUNE_RATE=0.3)
-    assert set(lth.prune_rates(lth.build_network("lenet", 0)).values()) == {0.3}
-    weights = {"a.weight": torch.full((3, 3), 0.1), "b.weight": torch.ones(4, 4)}
-    with pytest.raises(lth.UserError, match=r"would leave no weight of a\.weight: [^\n]*$"):
-        lth.prune(weights, lth.full_masks(weights), dict.fromkeys(weights, 0.4), "global")
 
 
 @pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
