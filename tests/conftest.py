@@ -46,8 +46,7 @@ def flipped(content: bytes) -> bytes:
 
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `use` to give constants (or functions) other values for this test alone; all are
-    restored after it."""
+    """The script as a module, and `use` to give constants or functions other values for this test alone."""
     lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
     lth_pruning.use(**DEFAULTS | {"DEVICE": "cpu"})
     return lth_pruning

@@ -27,7 +27,6 @@ def of(rows, arm: str, level: int):
 
 
 def test_a_run_leaves_its_files_and_nothing_unfinished(lth, reduced_run):
-    """Figures are real PNGs, with something to see."""
     folder, result = reduced_run
     assert (result.returncode, result.stderr) == (0, "")    # no bar where there is no terminal
     pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
@@ -106,9 +105,8 @@ def test_tickets_are_theta0_with_nested_masks_that_train_and_can_be_copied(reduc
 
 
 def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, mnist):
-    """Dense networks from theta0, rewound ones from theta0 and masks alone, re-initialised ones from their seeds: each
-    gives its rows of metrics.csv to the last digit. So nothing else went in: no trained weight, no optimiser state, no
-    other mask or hyper-parameter. And the next level's masks come from the dense or rewound ones."""
+    """Dense networks from theta0, rewound ones from theta0 and masks alone, re-initialised ones from seeds: to the last
+    digit, so nothing else went in. And the next level's masks come from the dense or rewound ones."""
     rows = read_metrics(reduced_run[0])
     lth.use(TRIALS=2, EVAL_EVERY=100, EPOCHS=1)
     tickets = torch.load(reduced_run[0] / "tickets.pt", weights_only=True)

@@ -90,7 +90,6 @@ def test_nohup_is_obeyed_and_sigterm_ends_a_process_as_ctrl_c_does(tmp_path):
 
 @pytest.mark.parametrize("found", [signal.SIG_DFL, signal.SIG_IGN, print])
 def test_signals_are_heard_unless_a_host_hears_or_ignores_them_and_given_back(lth, found):
-    """A terminal that is closed ends a run like Ctrl-C, too."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
     within = []
     lth.use(main=lambda _: within.extend(map(signal.getsignal, numbers)))

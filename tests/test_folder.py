@@ -96,7 +96,7 @@ def test_the_version_is_that_of_what_computes_and_of_the_text_that_was_loaded(lt
 
 @pytest.mark.parametrize("other", ["SEED", "version of the script"])
 def test_another_run_moves_the_earlier_one_whole(lth, undrawn, tmp_path, capsys, other):
-    """With one sentence, and not before it has a level of its own; what is not a run's stays where it is."""
+    """Not before it has a level of its own; what is not a run's stays where it is."""
     folder = tmp_path / "results"
     run_here(lth, folder, *QUICK)
     earlier = contents(folder)

@@ -64,17 +64,12 @@ def cell(networks: pd.DataFrame, head: str, level: int) -> str:
 
 
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """What the ticket's lead says of an arm's question."""
-    (question,) = lth_pruning.questions(["rewind", arm], lth_pruning.remaining(networks, level))
-    return lth_pruning.compare(networks, question)[1]
-
-
-def answer_cell(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """The ticket's lead over an arm, and the answer."""
+    """The ticket's lead over an arm, and what it says of the arm's question."""
     words = lead(networks, "rewind", arm, level)
     if words == "has more weights":
         return "not compared"
-    return f"{words}, {answer(networks, arm, level)}"
+    (question,) = lth_pruning.questions(["rewind", arm], lth_pruning.remaining(networks, level))
+    return f"{words}, {lth_pruning.compare(networks, question)[1]}"
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -101,7 +96,7 @@ def test_tables_are_recomputed_from_their_records(folder, text):
     elif head[0] == "question":
         levels = [level_of(networks, percent) for percent in head[2:]]
         for row in rows:
-            found.append([*row[:2], *[answer_cell(networks, row[1].strip("`"), level) for level in levels]])
+            found.append([*row[:2], *[answer(networks, row[1].strip("`"), level) for level in levels]])
     else:
         for row in rows:
             level = level_of(networks, row[0])
@@ -133,7 +128,8 @@ def test_what_came_out_of_each_recipe(folder, said):
     """Whether another task's tickets carry over, or down to where tickets match, and what is ahead at 21.1 %."""
     networks = run(f"results/{folder}").networks                # level 7: 21.1 %, and of LeNet-5 22.4 %
     if "transfer" in lth_pruning.arms_of(networks):
-        outcome = {"no": "they do not carry over"}[answer(networks, "transfer", 7)]
+        assert answer(networks, "transfer", 7).endswith(", no")
+        outcome = "they do not carry over"
     else:
         down_to, _ = lth_pruning.matches_in_words(run(f"results/{folder}"), "rewind")
         outcome = f"tickets match {down_to.removesuffix(' of the weights')}"

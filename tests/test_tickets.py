@@ -214,7 +214,6 @@ def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
 
 
 def test_arms_get_one_networks_tensors_as_pytorch_shapes_them_and_change_nothing(run):
-    """After all arms, the weights that they were given are what they were at first."""
     shapes = {name: parameter.shape for name, parameter in run.plain.named_parameters()}
     prunable = {name: shape for name, shape in shapes.items() if "weight" in name}
     assert len(run.given) == len(ARMS) * len(EACH)
@@ -240,16 +239,3 @@ def test_every_evaluation_becomes_a_row_of_its_network(run):
         expected = [np.nan, *[number] * 3] if step == 3 else [number, number + 1, number + 2, number + 3]
         found = [row[name] for name in ("weights_remaining", "train_loss", "val_loss", "val_accuracy", "test_accuracy")]
         assert found == pytest.approx([percent, *expected], rel=1e-5, nan_ok=True)
-
-
-def test_every_purpose_trial_and_level_has_random_numbers_of_its_own(lth):
-    """By SEED and the bytes of the purpose's name; no arm's are another purpose's, whatever it is called."""
-    purposes = ["init", "split", "order", "dropout", "check", "arm order", "arm redro", "arm größe"]
-    keys = list(itertools.product([*purposes, *(f"arm {arm}" for arm in lth.ARM_TABLE)], range(3), range(3)))
-    drawn = []
-    for seed in (42, 43):
-        lth.use(SEED=seed)
-        for key in keys:
-            drawn.append(torch.randint(2**62, (), generator=lth.generator(*key)).item())
-            assert drawn[-1] == torch.randint(2**62, (), generator=seeded(*key, seed=seed)).item()
-    assert len(set(drawn)) == 2 * len(keys)

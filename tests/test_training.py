@@ -90,6 +90,7 @@ def test_a_stack_trains_as_plain_networks_do(lth, mnist, model, level, arms, rew
     sizes = {"train": 700, "validation": 1_100 if model == "mlp" else 200, "test": 100}
     images, labels = mnist["train"]
     data = {part: (images[:size].double(), labels[:size]) for part, size in sizes.items()}
+    lth.check_network(torch.device("cpu"))                  # is not refused
     weights, masks = starting_networks(lth)
     networks = [(arm, trial) for trial in range(4 // len(arms)) for arm in arms]
     early, trained, evaluations = lth.train(weights, masks, data, networks, level, BAR)
@@ -154,8 +155,7 @@ def test_trials_have_dropout_of_their_own_and_arms_share_their_trials(lth, mnist
 
 
 def test_pruned_weights_stay_zero_and_nothing_is_carried_over(lth, mnist):
-    """Exactly zero after decay, moments and clipping. What training starts from keeps every bit, and training again
-    gives the same again: no moments, no random numbers and no weights are left from the first time."""
+    """Exactly zero after decay, moments and clipping. What training starts from keeps every bit."""
     lth.use(EPOCHS=1, steps_per_epoch=lambda: 20)
     start, masks = (lth.copied(tensors) for tensors in starting_networks(lth))
     data = {part: (images[:500].double(), labels[:500]) for part, (images, labels) in mnist.items()}
