@@ -37,6 +37,7 @@ import datetime
 import difflib
 import hashlib
 import io
+import itertools
 import math
 import re
 import signal
@@ -48,7 +49,7 @@ import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1693,8 +1694,13 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a name of its own, then rename it: nobody sees half a file, whatever ends this process."""
+def write_whole(path: Path, content: bytes | dict) -> None:
+    """Write a file, by torch.save if it is tensors, under a name of its own, then rename it: nobody sees half a file,
+    whatever ends this process."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()                               # on a full disk, torch.save would hide the OSError
+        torch.save(content, buffer)
+        content = buffer.getvalue()
     unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
     try:
         with open(unfinished, "wb") as file:
@@ -1703,13 +1709,6 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def packed(tensors: dict) -> bytes:
-    """What torch.save writes. It does so in memory: on a full disk it would hide the OSError behind its own error."""
-    content = io.BytesIO()
-    torch.save(tensors, content)
-    return content.getvalue()
 
 
 def read_saved(path: Path) -> dict:
@@ -1721,11 +1720,6 @@ def read_saved(path: Path) -> dict:
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
-def sum_of_file(path: str) -> str:
-    """Its sha256."""
-    return hashlib.sha256(beside_script(path).read_bytes()).hexdigest()
-
-
 # ---- A results folder holds one run ----------------------------------------------------------------------------------
 
 def prepare_results_folder() -> Path:
@@ -1733,8 +1727,7 @@ def prepare_results_folder() -> Path:
     folder = beside_script(RESULTS_DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"the results folder {folder} cannot be written to ({error.strerror}): "
                         "choose another RESULTS_DIR.") from None
@@ -1747,61 +1740,61 @@ def identity(device: torch.device) -> dict:
     settings = {name: value for name, value in constants().items()
                 if name not in ("LEVELS", "DATA_DIR", "RESULTS_DIR", "DEVICE")}
     if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
-        settings["TICKETS_FROM"] = sum_of_file(TICKETS_FROM)
+        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
     return settings | {"version of the script": VERSION, "data": CONTENTS[DATASET], "torch": str(torch.__version__),
                        "kind of device": device.type}
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, State]:
     """Whose the folder's checkpoint is, and its state; nobody's, and a new one, where there is none that is whole."""
-    if not (folder / "checkpoint.pt").exists():
-        return {}, State()
+    path = folder / "checkpoint.pt"
     try:
-        saved = read_saved(folder / "checkpoint.pt")
+        saved = read_saved(path)
         return saved["identity"], State(**saved["state"])
-    except OSError:                                         # such as a disk that is away for the moment
-        raise
-    except Exception:                                       # a damaged file can fail in any way
-        return {}, State()
+    except Exception as error:                              # a damaged file can fail in any way
+        if isinstance(error, OSError) and path.exists():    # such as a disk that is away for the moment
+            raise
+    return {}, State()
 
 
 def load_state(folder: Path, own: dict) -> State:
     """The state to go on from: the checkpoint's if it is of this run, else a new one. Says which, and why."""
-    found, state = read_checkpoint(folder)
     path = folder / "checkpoint.pt"
+    found, state = read_checkpoint(folder)
     if found == own and state.level < LEVELS:
         say(f"going on after level {state.level} of {LEVELS}, kept in {path}")
-        return state
-    if found == own:
+    elif found == own:
         say(f"nothing is left to train: summary and figures are drawn again from {path} (without it, the same command "
             "trains afresh)")
-        return state
-    if found:
+    elif found:
         others = sorted(name for name in own | found if own.get(name) != found.get(name))
         say(f"{folder} holds another run (with another {', another '.join(others)}): its files will be moved to "
             "previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
-    return State()
+    return state if found == own else State()
 
 
 def save_state(state: State, folder: Path, own: dict) -> None:
-    """Write the checkpoint. Before a run's first one, another run's files make room for it."""
+    """Write the checkpoint, of several processes the first. Before a run's first one, another run's files make room."""
+    if process()[0] > 0:
+        return
+    path = folder / "checkpoint.pt"
     found, there = read_checkpoint(folder)
     if found == own and there.level >= state.level:         # the same command, started twice, is ahead
         return
-    if state.level > 0 and found and found != own:
+    if found not in ({}, own) and state.level > 0:
         raise UserError(f"another run has begun in {folder} meanwhile: choose another RESULTS_DIR for one of the two.")
-    if state.level == 0 and found != own:
-        same_numbers = existing_metrics(folder).startswith(metrics_of(state))
-        if (folder / "checkpoint.pt").exists() or not same_numbers:
+    if found != own and state.level == 0:
+        same_numbers = existing_metrics(folder).startswith(metrics_of(state.records))
+        if path.exists() or not same_numbers:
             move_to_previous(folder, OUTPUTS)
-    write_whole(folder / "checkpoint.pt", packed({"identity": own, "state": vars(state)}))
+    write_whole(path, {"identity": own, "state": vars(state)})
 
 
-def metrics_of(state: State) -> bytes:
-    """What metrics.csv says of a state."""
-    return pd.DataFrame(state.records).to_csv(index=False, lineterminator="\n").encode()
+def metrics_of(records: list[dict]) -> bytes:
+    """Records as the contents of metrics.csv."""
+    return pd.DataFrame(records).to_csv(index=False, lineterminator="\n").encode()
 
 
 def existing_metrics(folder: Path) -> bytes:
@@ -1812,28 +1805,32 @@ def existing_metrics(folder: Path) -> bytes:
 
 def move_to_previous(folder: Path, names: Iterable[str]) -> None:
     """Move a run's files to previous/<time>/ in the folder."""
-    there = [folder / name for name in names if (folder / name).exists()]
-    if not there:
-        return
     previous = folder / "previous" / datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
-    previous.mkdir(parents=True)
-    for path in there:
-        path.rename(previous / path.name)
-    say(f"the results of an earlier run are now in {previous}")
+    for name in names:
+        if (folder / name).exists():
+            previous.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(previous / name)
+    if previous.exists():
+        say(f"the results of an earlier run are now in {previous}")
 
 
-def write_results(state: State, data: Dataset, notes: list[str], folder: Path) -> Results:
+def write_results(state: State, data: Dataset, own: dict, origin: str, folder: Path) -> Results:
     """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
-    if not metrics_of(state).startswith(existing_metrics(folder)):
+    if not metrics_of(state.records).startswith(existing_metrics(folder)):
         move_to_previous(folder, OUTPUTS[1:])               # of the same run, but of more levels; or another's
-    state = up_to_level(state, LEVELS)
-    write_whole(folder / "metrics.csv", metrics_of(state))
-    tickets = {"constants": constants() | {"LEVELS": state.level},
-               "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
-               "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)]),
-               "mean_image": data["train"][0].mean(0).squeeze(0).cpu()}
-    write_whole(folder / "tickets.pt", packed(tickets))
-    results = read_results(folder, constants(), provenance(notes, data["train"][0].device))
+    shown = [row for row in state.records if row["level"] <= LEVELS]
+    write_whole(folder / "metrics.csv", metrics_of(shown))
+
+    theta0 = stack([state.theta_k[trial] for trial in range(TRIALS)])
+    pruned_at = stack([state.pruned_at[trial] for trial in range(TRIALS)])
+    for levels in pruned_at.values():
+        levels[levels > LEVELS] = 0
+    images = data["train"][0]
+    tickets = {"constants": constants() | {"LEVELS": min(state.level, LEVELS)}, "theta0": theta0,
+               "pruned_at": pruned_at, "mean_image": images.mean(0).squeeze(0).cpu()}
+    write_whole(folder / "tickets.pt", tickets)
+
+    results = read_results(folder, constants(), provenance(own, origin, images.device))
     draw(results, folder)
     return results
 
@@ -1852,26 +1849,17 @@ def read_results(folder: Path, settings: dict, below: str) -> Results:
     return Results(records, measure(records), settings, below, first_layer, image)
 
 
-def up_to_level(state: State, level: int) -> State:
-    """The state as it was after a level, or as it is if it has not come so far."""
-    if state.level <= level:
-        return state
-    pruned_at = {trial: {name: levels.masked_fill(levels > level, 0) for name, levels in masks.items()}
-                 for trial, masks in state.pruned_at.items()}
-    records = [row for row in state.records if row["level"] <= level]
-    return replace(state, level=level, pruned_at=pruned_at, records=records)
-
-
-def provenance(notes: list[str], device: torch.device) -> str:
+def provenance(own: dict, origin: str, device: torch.device) -> str:
     """What summary.md says below the constants: what computed the run, and on what."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = ", ".join(f"{library.__name__} {library.__version__}"
                          for library in (torch, torchvision, np, pd, matplotlib, sns))
-    return "\n".join([
-        *notes,
-        f"Version of the script: {VERSION} (sha256 of its text from the experiment to the banner).",
-        f"Contents of {DATASET}: {CONTENTS[DATASET]} (sha256 of all images and labels).",
-        f"Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads."])
+    lines = [f"Version of the script: {VERSION} (sha256 of its text from the experiment to the banner).",
+             f"Contents of {DATASET}: {CONTENTS[DATASET]} (sha256 of all images and labels).",
+             f"Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads."]
+    if origin:
+        lines.insert(0, f"Transferred tickets: {origin}; sha256 {own['TICKETS_FROM']}.")
+    return "\n".join(lines)
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -1929,13 +1917,11 @@ def load_tickets(path: str | Path) -> dict:
         tickets = read_saved(beside_script(path))
         held = tickets["constants"]
         theta0 = tickets["theta0"]
-        network = build_network(held["MODEL"], held["DROPOUT"])
-        as_plain_network(network, pick(theta0, held["TRIALS"] - 1))             # other names or shapes do not fit
+        as_plain_network(build_network(held["MODEL"], 0), pick(theta0, held["TRIALS"] - 1))     # names and shapes fit
         expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
-        if {name: (levels.shape, levels.dtype) for name, levels in tickets["pruned_at"].items()} != expected:
-            raise ValueError("theta0 and pruned_at do not belong together")
-        if tickets["mean_image"].shape != (28, 28) or not held.keys() >= constants().keys():
-            raise ValueError("of another version of the script")
+        found = {name: (levels.shape, levels.dtype) for name, levels in tickets["pruned_at"].items()}
+        if found != expected or tickets["mean_image"].shape != (28, 28) or not held.keys() >= constants().keys():
+            raise ValueError
         return tickets
     except Exception as error:                              # a damaged or foreign file can fail in any way
         raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): it must be the tickets.pt of "
@@ -1944,10 +1930,8 @@ def load_tickets(path: str | Path) -> dict:
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     """One ticket as an ordinary network with `torch.nn.utils.prune` masks, ready to train: at its initial weights, or
-    with REWIND_STEP at those after so many steps.
-
-    Raises UserError for a file that is no tickets.pt, IndexError for a trial or a level that it does not hold.
-    """
+    with REWIND_STEP at those after so many steps. Raises UserError for a file that is no tickets.pt, IndexError for a
+    trial or a level that it does not hold."""
     tickets = load_tickets(path)
     held = tickets["constants"]
     if not (0 <= trial < held["TRIALS"] and 0 <= level <= held["LEVELS"]):
@@ -1960,13 +1944,11 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     return network
 
 
-def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Levels]], list[str]]:
-    """By trial theta0 and pruned_at from TICKETS_FROM, if any, and lines that say what they are.
-
-    Raises UserError unless they fit the constants, keep as many weights at each level, and lie clear of this run's own.
-    """
+def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Levels]], str]:
+    """By trial theta0 and pruned_at from TICKETS_FROM, if any, and how they were found. Raises UserError unless they
+    fit the constants, keep as many weights at each level, and lie clear of this run's own."""
     if TICKETS_FROM is None:
-        return {}, []
+        return {}, ""
     if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
         raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
     tickets = load_tickets(TICKETS_FROM)
@@ -1981,7 +1963,7 @@ def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Levels]], list[st
     names = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
     words = ", ".join(f"{name} = {held[name]!r}" for name in names)
     found = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
-    return found, [f"Transferred tickets: {words}; sha256 {sum_of_file(TICKETS_FROM)}."]
+    return found, words
 
 
 # ---- Several processes, and what is said on the way ------------------------------------------------------------------
@@ -1995,12 +1977,16 @@ def process() -> tuple[int, int]:
 
 
 def connect() -> None:
-    """Let the processes of a run find each other. After a restart by torchrun they do so under other names: what a
-    killed process has left in the store would lead to nowhere."""
+    """Let the processes of a run, if they are several, find each other. After a restart by torchrun they do so under
+    other names: what a killed process has left in the store would lead to nowhere."""
+    if process()[1] == 1:
+        return
     store, rank, processes = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     forever = datetime.timedelta(days=30)                   # the slowest is waited for
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
+    say(f"{processes} processes share {TRIALS} trials; shown is the progress of the first one, with "
+        f"{len(own_trials())}")
 
 
 def own_trials() -> list[int]:
@@ -2010,10 +1996,8 @@ def own_trials() -> list[int]:
 
 
 def gather(found: State) -> list[State]:
-    """What each process found at a level, on all of them.
-
-    Where another one has ended, this one ends silently: a traceback of the connection would bury what that one says.
-    """
+    """What each process found at a level, on all of them. Where another one has ended, this one ends silently: a
+    traceback of the connection would bury what that one says."""
     _, processes = process()
     parts = [found] * processes
     if processes > 1:
@@ -2027,8 +2011,7 @@ def gather(found: State) -> list[State]:
 def say(text: str, stream: Any = None) -> None:
     """Print for people, of several processes on the first. What a console cannot show is replaced; a console that is
     gone, as after `| head`, gets nothing: neither is a reason to end."""
-    rank, _ = process()
-    if stream is None and rank > 0:
+    if stream is None and process()[0] > 0:
         return
     stream = stream or sys.stdout                           # None where a program has none: print says nothing then
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -2039,21 +2022,15 @@ def say(text: str, stream: Any = None) -> None:
 
 
 def progress_bar(done: int) -> tqdm:
-    """A bar over all levels after the one that was done last; its unit is one step of one network. On a terminal only.
-
-    Prints the head of the table whose lines `report_level` prints.
-    """
-    rank, processes = process()
-    steps = EPOCHS * steps_per_epoch()
-    per_level = len(own_trials()) * sum(steps - first_step(arm) for arm in ARMS)
-    work = [len(own_trials()) * steps] + LEVELS * [per_level]
-    if processes > 1:
-        say(f"{processes} processes share {TRIALS} trials; shown is the progress of the first one, with "
-            f"{len(own_trials())}")
+    """Print the head of the table whose lines `report_level` prints. On a terminal, show a bar over all levels after
+    the one that was done last; its unit is one step of one network."""
     arms = ARMS if LEVELS > 0 else ("dense",)
     columns = "".join(f"{arm:>11}" for arm in arms)
     say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left")
-    visible = rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    steps = EPOCHS * steps_per_epoch()
+    per_level = len(own_trials()) * sum(steps - first_step(arm) for arm in ARMS)
+    work = [len(own_trials()) * steps] + LEVELS * [per_level]
+    visible = process()[0] == 0 and sys.stderr is not None and sys.stderr.isatty()
     return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
                 file=sys.stderr if visible else io.StringIO(),          # a disabled one keeps no time
                 bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
@@ -2061,51 +2038,32 @@ def progress_bar(done: int) -> tqdm:
 
 def report_level(state: State, bar: tqdm) -> None:
     """Print a line about the level that was finished last."""
-    rows = [row for row in state.records if row["level"] in (0, state.level)]
-    networks = measure(pd.DataFrame(rows)).xs(state.level, level="level")
+    networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
     arms = ARMS if LEVELS > 0 else ("dense",)
-    cells = []
-    for arm in arms:
-        shown = networks.loc[arm if state.level > 0 else "dense"]
-        cells.append(f"{shown['stop_accuracy'].mean() / 1e4:9.2f} %")
-    first = networks.loc["rewind" if state.level > 0 else "dense", "weights_remaining"].iloc[0]
+    cells = [f"{mean_accuracy(networks, 'stop_accuracy', arm, state.level):>9} %" for arm in arms]
     minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial) / 60
     with tqdm.external_write_mode():
-        say(f"{state.level:5}{first:18.1f} %{''.join(cells)}{minutes:8.1f} min")
+        say(f"{state.level:5}{remaining(networks, state.level):18.1f} %{''.join(cells)}{minutes:8.1f} min")
 
 
 # ---- Checks of the constants -----------------------------------------------------------------------------------------
 
-def is_path(text: str) -> bool:
-    """Whether a file or folder can be called so."""
-    return text != "" and "\0" not in text
-
-
-def are_arms(names: tuple) -> bool:
-    """Whether they are arms, at least one, and each once."""
-    known = list(ARM_TABLE)
-    return len(names) > 0 and all(name in known for name in names) and len(set(names)) == len(names)
-
-
-def one_of(*words: str) -> tuple[type, str, Callable[[str], bool]]:
-    """The check of a constant that is one of some words."""
-    return str, "one of " + ", ".join(words), words.__contains__
-
-
 # Of each constant: its type, what it must be, and the same as a condition
 CHECKS = {
-    "DATASET": one_of(*CONTENTS),
-    "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
-    "MODEL": (str, "a name that build_network knows", is_path),
-    "INIT": one_of("kaiming_normal", "xavier_normal"),
+    "DATASET": (str, "one of " + ", ".join(CONTENTS), CONTENTS.__contains__),
+    "PIXELS": (str, "one of standardised, unit_interval, unit_length", (
+        "standardised", "unit_interval", "unit_length").__contains__),
+    "MODEL": (str, "a name that build_network knows", bool),
+    "INIT": (str, "one of kaiming_normal, xavier_normal", ("kaiming_normal", "xavier_normal").__contains__),
     "DROPOUT": (float, "a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
-    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), are_arms),
+    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
+        all(arm in list(ARM_TABLE) for arm in arms) and len(set(arms)) == len(arms))),
     "TRIALS": (int, "a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
     "LEVELS": (int, "a whole number, 0 to 255", lambda number: 0 <= number <= 255),     # tickets.pt has 8 bits for them
     "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
-    "PRUNE_SCOPE": one_of("layer", "global"),
+    "PRUNE_SCOPE": (str, "one of layer, global", ("layer", "global").__contains__),
     "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
-    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
+    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path != ""),
     "SEED": (int, "a whole number, 0 or more", lambda seed: seed >= 0),
     "VALIDATION_SIZE": (int, "a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
     "EPOCHS": (int, "a whole number, 1 or more", lambda number: number >= 1),
@@ -2115,8 +2073,8 @@ CHECKS = {
     "WEIGHT_DECAY": (float, "a number of at least 0", lambda decay: 0 <= decay < math.inf),
     "CLIP_NORM": (float | None, "a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
     "EVAL_EVERY": (int, "a whole number, 1 or more", lambda steps: steps >= 1),
-    "DATA_DIR": (str, "a folder's path", is_path),
-    "RESULTS_DIR": (str, "a folder's path", is_path),
+    "DATA_DIR": (str, "a folder's path", bool),
+    "RESULTS_DIR": (str, "a folder's path", bool),
     "DEVICE": (str, "auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch),
 }
 
@@ -2169,7 +2127,19 @@ def check_constants() -> None:
     steps = EPOCHS * steps_per_epoch()
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
-    check_levels(build_network(MODEL, DROPOUT))
+
+    network = build_network(MODEL, DROPOUT)
+    rates = prune_rates(network)
+    left = {name: network.get_parameter(name).numel() for name in rates}
+    if PRUNE_SCOPE == "global":
+        rates = {"all layers": PRUNE_RATE}
+        left = {"all layers": sum(left.values())}
+    for level, name in itertools.product(range(1, LEVELS + 1), rates):
+        gone = round(rates[name] * left[name])
+        if not 0 < gone < left[name]:
+            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
+                            f"{left[name]} weights left in {name} would be pruned.")
+        left[name] -= gone
 
 
 def check_network(device: torch.device) -> None:
@@ -2182,31 +2152,14 @@ def check_network(device: torch.device) -> None:
         kept = [torch.ones(1, units, 3, device=device) for units in dropped_units(network)]
         expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
         torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
-        sound = not any(getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT
-                        for layer in network)
+        for layer in network:
+            if getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT:
+                raise ValueError
     except Exception:                                       # a layer that is not served can fail in any way
-        sound = False
-    if not sound:
         raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
                         "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
                         "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last one called "
-                        "output.")
-
-
-def check_levels(network: nn.Sequential) -> None:
-    """Raise UserError where a level would prune no weight of a layer, or all of them."""
-    there = {f"{name}.weight": layer.weight.numel() for name, layer in weighted_layers(network).items()}
-    rates = prune_rates(network)
-    if PRUNE_SCOPE == "global":
-        there = {"all layers": sum(there.values())}
-        rates = {"all layers": PRUNE_RATE}
-    for level in range(1, LEVELS + 1):
-        for name, rate in rates.items():
-            gone = round(rate * there[name])
-            if not 0 < gone < there[name]:
-                raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of "
-                                f"the {there[name]} weights left in {name} would be pruned.")
-            there[name] -= gone
+                        "output.") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2219,36 +2172,28 @@ def run() -> None:
     check_constants()
     device = prepare_device()
     check_network(device)
-    elsewhere, notes = tickets_from_elsewhere()
-    folder = prepare_results_folder()
+    elsewhere, origin = tickets_from_elsewhere()
     own = identity(device)
-    rank, processes = process()
-    if processes > 1:
-        connect()
+    folder = prepare_results_folder()
+    connect()
     data = load_dataset(device)
     state = load_state(folder, own)
-
-    def save(new: State) -> None:
-        if rank == 0:
-            save_state(new, folder, own)
 
     results = None
     try:
         if state.level < LEVELS:
-            run_experiment(state, data, elsewhere, save)
+            run_experiment(state, data, elsewhere, lambda new: save_state(new, folder, own))
     finally:                                                # whatever ends it: of finished levels there are results
         found, state = read_checkpoint(folder)
-        if rank == 0 and found == own:
-            results = write_results(state, data, notes, folder)
+        if process()[0] == 0 and found == own:
+            results = write_results(state, data, own, origin, folder)
     if results is not None:
         say("\n" + "\n".join(verdict(results)) + f"\n\nresults: {folder}")
 
 
 def main(arguments: list[str]) -> None:
     """Run the experiment with some constants set by NAME=VALUE arguments; afterwards they are what they were before.
-
-    What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback.
-    """
+    What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback."""
     if {"-h", "--help"} & set(arguments):
         lines = "\n".join(f"  {name} = {value!r}" for name, value in constants().items())
         say(f"{__doc__}\nConstants:\n{lines}")
@@ -2269,29 +2214,15 @@ def main(arguments: list[str]) -> None:
         RUNNING.release()
 
 
-@contextlib.contextmanager
-def signals_end_as_ctrl_c() -> Iterator[None]:
-    """A cluster's SIGTERM, and the SIGHUP of a terminal that is closed (but for nohup), end a run as Ctrl-C does.
-
-    Of several processes none: while one waits for the others, Python hears no signal.
-    """
-    before = {}
-    if process()[1] == 1 and threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):                  # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 if __name__ == "__main__":
+    # A cluster's SIGTERM, and the SIGHUP of a terminal that is closed (but for nohup), end a run as Ctrl-C does. Not
+    # where Python goes on after it, as in a notebook; nor of several processes: while one waits, it hears no signal.
+    if process()[1] == 1 and not hasattr(sys, "ps1"):
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:          # Windows has no SIGHUP
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
     try:
-        with signals_end_as_ctrl_c():
-            main(sys.argv[1:])
+        main(sys.argv[1:])
     except UserError as error:
         say(f"lth_pruning: {error}", sys.stderr)
         sys.exit(2)

@@ -2,9 +2,7 @@
 
 import contextlib
 import importlib.util
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
@@ -14,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -27,21 +24,13 @@ BAR = tqdm(disable=True)
 # A shell's background jobs ignore Ctrl-C, and hand that on: the scripts that the tests start are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A real experiment on all of MNIST in some twenty seconds: 6.5 % of the weights are left after three levels.
-REDUCED = ("TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
-# Only the machinery matters: 55 steps per network.
-TINY = ("TRIALS=2", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=1000", "EVAL_EVERY=55")
+# Two steps per network: only the files matter. To be had with the fixture `few`, in a second.
+QUICK = ("TRIALS=1", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=500", "VALIDATION_SIZE=59000")
 
 
-def command(folder: Path, *arguments: str, script: Path = SCRIPT) -> list[str]:
+def command(folder: Path, *arguments: str) -> list[str]:
     """The command line of a run that writes to a folder, on the CPU: only there are results the same to the bit."""
-    return [sys.executable, str(script), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
-
-
-def run_script(folder: Path, *arguments: str, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess:
-    """Run the script as a user does, to its end."""
-    return subprocess.run(command(folder, *arguments, script=script), capture_output=True, text=True, timeout=240,
-                          env=os.environ | environment)
+    return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:
@@ -49,17 +38,15 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "metrics.csv")
 
 
-def flip(path: Path, place: int) -> None:
-    """Turn one bit of one byte of a file over."""
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
+def flipped(content: bytes) -> bytes:
+    """The same bytes, but for one bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `use` to give constants (or functions) other values for this test alone; all are
-    restored after it."""
+    """The script as a module, and `use` to give constants or functions other values for this test alone."""
     lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
     lth_pruning.use(**DEFAULTS | {"DEVICE": "cpu"})
     return lth_pruning
@@ -72,28 +59,19 @@ def mnist():
 
 
 @pytest.fixture
-def few(lth, mnist, monkeypatch):
-    """For runs in this process of which only the machinery matters: 11,000 training images, 1,000 each to evaluate, so
-    that TINY has 11 steps. (The fixture mnist has been loaded before with all of them.)"""
-    lth.use(VALIDATION_SIZE=49_000)
+def few(lth, mnist):
+    """For runs in this process of which only the machinery matters: fewer images."""
     sizes = {"train": 11_000, "validation": 1_000, "test": 1_000}
     parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
-    monkeypatch.setattr(lth, "load_dataset", lambda _: parts)
+    lth.use(load_dataset=lambda _: parts)
     return parts
 
 
 @pytest.fixture
-def some_mnist(mnist):
-    """2,000 training images, 500 each to validate and to test, in double precision: rounding stays out of the way."""
-    sizes = {"train": 2_000, "validation": 500, "test": 500}
-    return {name: (mnist[name][0][:size].double(), mnist[name][1][:size]) for name, size in sizes.items()}
-
-
-@pytest.fixture(scope="session")
-def reduced_run(tmp_path_factory):
-    """One run of the reduced experiment for all tests that look at its output: (folder, finished process)."""
-    folder = tmp_path_factory.mktemp("reduced")
-    return folder, run_script(folder, *REDUCED)
+def undrawn(few, lth):
+    """Like `few`, and without figures, which take longer than such a training."""
+    lth.use(draw_figures=lambda results: {})
+    return few
 
 
 def seeded(purpose: str, trial: int = 0, level: int = 0, seed: int = DEFAULTS["SEED"]) -> torch.Generator:
@@ -115,10 +93,6 @@ def use_model(lth, model: str) -> None:
     lth.use(MODEL=model)
     if model == "own":
         lth.use(build_network=own_network)
-
-
-# Two steps per network: only the files matter. To be had with the fixture `few`, in a second.
-QUICK = ("TRIALS=1", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=500", "VALIDATION_SIZE=59000")
 
 
 def run_here(lth, folder: Path, *arguments: str) -> None:
@@ -156,13 +130,6 @@ def check_same_results(one: Path, other: Path) -> None:
         assert all(torch.equal(tensor, others[kind][name]) for name, tensor in tickets[kind].items())
 
 
-@pytest.fixture
-def undrawn(few, lth):
-    """Like `few`, and without figures, which take longer than such a training."""
-    lth.use(draw_figures=lambda results: {})
-    return few
-
-
 @contextlib.contextmanager
 def at_each_level(lth, happens):
     """Within, `happens` is called with the level before each training of a stack."""
@@ -172,67 +139,15 @@ def at_each_level(lth, happens):
         yield
 
 
-def run_until(lth, level: int, folder: Path, *arguments: str, error: BaseException | None = None) -> None:
-    """Run until the training of a level begins: there comes Ctrl-C, or another error."""
+def ends_at(lth, level: int, error: BaseException):
+    """Within, the training of a level ends with an error before it begins."""
     def end(begun: int) -> None:
         if begun == level:
-            raise error or KeyboardInterrupt
+            raise error
 
-    with at_each_level(lth, end):
-        run_here(lth, folder, *arguments)
+    return at_each_level(lth, end)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files in a folder, those of its sub-folders not."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def as_program(lth, *arguments: str) -> int:
-    """Run the last lines of the script, which make it a program, on the module's functions: the exit code."""
-    text = SCRIPT.read_text()
-    lines = text[text.rindex('\nif __name__ == "__main__":'):]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), "DEVICE=cpu", *arguments])
-        try:
-            exec(compile(lines, str(SCRIPT), "exec"), vars(lth) | {"__name__": "__main__"})
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
-def the_previous(folder: Path) -> dict[str, bytes]:
-    """What was moved to previous/, at the one time when something was."""
-    (previous,) = (folder / "previous").iterdir()
-    return contents(previous)
-
-
-def sketch(results) -> dict[str, Figure]:
-    """In the place of the figures: two, one of them of masks where there are some."""
-    drawn = ["comparison_plot.png"] + ["mask_plot.png"] * (results.first_layer is not None)
-    return {name: Figure((1, 1)) for name in drawn}
-
-
-def run_without_training(lth, folder: Path, *arguments: str) -> None:
-    """Run what must have nothing left to train."""
-    run_until(lth, 0, folder, *arguments, error=AssertionError("it trains"))
-
-
-def torchrun(processes: int, folder: Path, *options: str, shell: str = "") -> subprocess.Popen:
-    """Start the script in several processes, after a shell command. Options are torchrun's (--), or the script's."""
-    ours = [option for option in options if not option.startswith("--")]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-             *sorted({*options} - {*ours}), *command(folder, *ours)[1:]]
-    return subprocess.Popen(["bash", "-c", f'{shell} exec "$@"', "bash", *words], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-def process_of_rank(rank: int, folder: Path) -> int:
-    """The number of the process that torchrun started with this rank to write to the folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, words = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
-        except OSError:                                     # it has ended meanwhile
-            continue
-        if f"RANK={rank}".encode() in environment and f"RESULTS_DIR={folder}".encode() in words:
-            return int(process.name)
-    raise AssertionError("no such process")

@@ -20,6 +20,8 @@ from conftest import QUICK, SCRIPT, at_each_level, check_same_results, names, re
 
 STOPPED = "lth_pruning: stopped. Finished levels are kept; the same command goes on after them."
 RESULTS = {"checkpoint.pt", "metrics.csv", "summary.md", "tickets.pt"}
+# The last lines of the script, which make it a program.
+PROGRAM = "if __name__" + SCRIPT.read_text().split("\nif __name__")[-1]
 VARIABLES = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "MPLBACKEND")
 
 
@@ -52,16 +54,14 @@ def test_a_run_killed_before_while_or_after_it_saves_goes_on_to_the_same_results
     (KeyboardInterrupt(), 130, STOPPED), (MemoryError(), 2, "there is not enough memory: lower TRIALS, BATCH_SIZE or"),
     (torch.OutOfMemoryError("CUDA out of memory."), 2, "there is not enough memory: lower TRIALS"),
     (OSError(28, "No space left on device"), 2, "No space left on device. Finished levels are kept")])
-def test_what_ends_a_run_is_one_sentence_and_it_goes_on(lth, undrawn, tmp_path, capsys, error, code, sentence):
+def test_what_ends_a_run_is_one_sentence_and_it_goes_on(
+        lth, undrawn, tmp_path, monkeypatch, capsys, error, code, sentence):
     """Until then, results show the finished levels."""
-    def end(level: int) -> None:
-        if level == 1:
-            raise error
-
-    with at_each_level(lth, end):
-        assert conftest.as_program(lth, f"RESULTS_DIR={tmp_path / 'ended'}", *QUICK) == code
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"RESULTS_DIR={tmp_path / 'ended'}", "DEVICE=cpu", *QUICK])
+    with conftest.ends_at(lth, 1, error), pytest.raises(SystemExit) as end:
+        exec(PROGRAM, vars(lth) | {"__name__": "__main__"})
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert sentence in said and lth.constants()["LEVELS"] == 16
+    assert end.value.code == code and sentence in said and lth.constants()["LEVELS"] == 16
     assert set(read_metrics(tmp_path / "ended")["level"]) == {0}
     assert names(tmp_path / "ended") == RESULTS
     with pytest.raises(IndexError, match="levels 0 to 0"):
@@ -90,16 +90,13 @@ def test_nohup_is_obeyed_and_sigterm_ends_a_process_as_ctrl_c_does(tmp_path):
 
 @pytest.mark.parametrize("found", [signal.SIG_DFL, signal.SIG_IGN, print])
 def test_signals_are_heard_unless_a_host_hears_or_ignores_them_and_given_back(lth, found):
-    """A terminal that is closed ends a run like Ctrl-C, too."""
-    before = {number: signal.signal(number, found) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with lth.signals_end_as_ctrl_c():
-            within = {signal.getsignal(number) for number in before}
-        after = {signal.getsignal(number) for number in before}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert within == {signal.default_int_handler if found == signal.SIG_DFL else found} and after == {found}
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    within = []
+    lth.use(main=lambda _: within.extend(map(signal.getsignal, numbers)))
+    before = [signal.signal(number, found) for number in numbers]
+    exec(PROGRAM, vars(lth) | {"__name__": "__main__"})
+    after = [signal.signal(number, handler) for number, handler in zip(numbers, before, strict=True)]
+    assert set(within) == {signal.default_int_handler if found == signal.SIG_DFL else found} and set(after) == {found}
 
 
 def test_a_results_folder_that_vanishes_or_cannot_make_room_is_one_sentence(lth, undrawn, tmp_path):
@@ -118,17 +115,6 @@ def test_a_global_scope_that_empties_a_layer_says_so_and_keeps_the_levels_before
     with pytest.raises(lth.UserError, match=r"would leave no weight of fc1\.weight: lower LEVELS or PRUNE_RATE"):
         run_here(lth, tmp_path, *QUICK, "PRUNE_SCOPE=global", "PRUNE_RATE=0.99")
     assert names(tmp_path) == RESULTS and set(read_metrics(tmp_path)["level"]) == {0, 1}
-
-
-def test_ranks_left_over_change_nothing_and_an_ended_connection_says_nothing(lth, monkeypatch):
-    """Only what torchrun started counts. A traceback of the connection would bury what the other process says."""
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-        assert lth.process() == (0, 1)
-    lth.use(process=lambda: (1, 2))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda *_: torch.zeros(-1))       # a RuntimeError
-    with pytest.raises(SystemExit, match="1"):
-        lth.gather(lth.State())
 
 
 def test_a_hostile_environment(tmp_path):
@@ -152,11 +138,8 @@ def test_consoles_that_cannot_show_everything_or_are_gone(lth, monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     lth.say("résultats", narrow)
     assert narrow.buffer.getvalue() == b"r?sultats\n"
-    reader, writer = os.pipe()
-    os.close(reader)
-    for target in (writer, "/dev/full"):
-        with open(target, "w") as stream:
-            lth.say("nobody reads this", stream)
+    with open("/dev/full", "w") as stream:
+        lth.say("nobody reads this", stream)
     monkeypatch.setattr(sys, "stdout", None)
     lth.say("nor this")
 
@@ -208,7 +191,6 @@ def test_tickets_that_are_damaged_or_foreign_or_do_not_fit_are_refused(lth, undr
     """In one sentence, before anything is trained or written."""
     path = tmp_path / "given" / "tickets.pt"
     run_here(lth, path.parent, *QUICK, "LEVELS=1")
-    content = path.read_bytes()
     for argument, sentence in (
             ("MODEL=lenet", "with MODEL=mlp: here it must be the same"), ("REWIND_STEP=1", "with REWIND_STEP=0"),
             ("PRUNE_RATE=0.61", "with PRUNE_RATE=0.6"), ("PRUNE_SCOPE=global", "with PRUNE_SCOPE=layer"),
@@ -218,17 +200,17 @@ def test_tickets_that_are_damaged_or_foreign_or_do_not_fit_are_refused(lth, undr
             run_here(lth, tmp_path / "results", *QUICK, "LEVELS=1", "ARMS=rewind,transfer", f"TICKETS_FROM={path}",
                      argument)
     assert names(tmp_path) == {"given"} and names(path.parent) == RESULTS
+    content = path.read_bytes()
     tickets = torch.load(path, weights_only=True)
     theta0, pruned_at, settings = (tickets[name] for name in ("theta0", "pruned_at", "constants"))
-    middle = len(content) // 2
-    files = [content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:], content[:1000], b"",
-             pickle.dumps(settings)]
+    files = [conftest.flipped(content), content[:1000], b"", pickle.dumps(settings)]
     for changed in ({"theta0": {name: tensor for name, tensor in theta0.items() if name != "fc1.bias"}},
                     {"theta0": {name: tensor[:0] for name, tensor in theta0.items()}},
                     {"pruned_at": {name: levels.float() for name, levels in pruned_at.items()}}, {"pruned_at": {}},
                     {"constants": {name: value for name, value in settings.items() if name != "PIXELS"}},
                     {"constants": settings | {"MODEL": "lenet"}}, {"more": argparse.Namespace()}):
-        files.append(lth.packed(tickets | changed))
+        torch.save(tickets | changed, path)
+        files.append(path.read_bytes())
     for file in files:
         path.write_bytes(file)
         with pytest.raises(lth.UserError, match=f"no tickets could be read from {path}"):

@@ -2,6 +2,7 @@
 overwritten, nothing is mixed, nothing is trained twice."""
 
 import contextlib
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import QUICK, SCRIPT, check_same_results, contents, names, read_metrics, run_here, run_until, the_previous
+from conftest import QUICK, SCRIPT, at_each_level, check_same_results, contents, ends_at, names, read_metrics, run_here
+from matplotlib.figure import Figure
 
 CPU = torch.device("cpu")
 MOVED = "the results of an earlier run are now in"
@@ -17,9 +19,27 @@ COMPUTES = ("\n# Here ends", "\n# edited\n# Here ends")     # changes the text o
 DRAWS = ("\n# ---- Main", "\n# edited\n# ---- Main")
 
 
+def sketch(results) -> dict[str, Figure]:
+    """In the place of the figures: two, one of them of masks where there are some."""
+    drawn = ["comparison_plot.png"] + ["mask_plot.png"] * (results.first_layer is not None)
+    return {name: Figure((1, 1)) for name in drawn}
+
+
+def run_until(lth, level: int, folder: Path, *arguments: str) -> None:
+    """Run until the training of a level begins: there comes Ctrl-C."""
+    with ends_at(lth, level, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        run_here(lth, folder, *arguments)
+
+
+def the_previous(folder: Path) -> dict[str, bytes]:
+    """What was moved to previous/, at the one time when something was."""
+    (previous,) = (folder / "previous").iterdir()
+    return contents(previous)
+
+
 def test_the_same_command_again_trains_nothing_and_draws_again(lth, few, tmp_path, capsys):
     """So a finished run's checkpoint is read back, too. Files are as readable as umask says."""
-    lth.use(draw_figures=conftest.sketch)
+    lth.use(draw_figures=sketch)
     (tmp_path / "README.md").touch()
     run_here(lth, tmp_path, *QUICK)
     first = contents(tmp_path)
@@ -27,7 +47,8 @@ def test_the_same_command_again_trains_nothing_and_draws_again(lth, few, tmp_pat
     (tmp_path / "summary.md").unlink()
     (tmp_path / "comparison_plot.png").unlink()
     capsys.readouterr()
-    conftest.run_without_training(lth, tmp_path, *QUICK)
+    lth.use(train=None)
+    run_here(lth, tmp_path, *QUICK)
     said = capsys.readouterr().out
     assert said.startswith("nothing is left to train: summary and figures are drawn again from ")
     assert "(without it, the same command trains afresh)\n" in said and "weights remaining   " not in said
@@ -41,7 +62,7 @@ def test_levels_raised_go_on_and_lowered_show_the_first(lth, undrawn, tmp_path, 
     run_here(lth, tmp_path / "2", *arguments, "LEVELS=2")
     run_here(lth, tmp_path / "both", *arguments, "LEVELS=2")
     levels = []
-    with conftest.at_each_level(lth, levels.append):
+    with at_each_level(lth, levels.append):
         for count in ("3", "2", "3"):
             run_here(lth, tmp_path / "both", *arguments, f"LEVELS={count}")
             check_same_results(tmp_path / "both", tmp_path / count)
@@ -51,19 +72,6 @@ def test_levels_raised_go_on_and_lowered_show_the_first(lth, undrawn, tmp_path, 
     assert "previous" not in names(tmp_path / "both")
 
 
-def test_constants_and_figures_edited_in_the_file_go_on(lth, undrawn, tmp_path):
-    """A copy of the script with LEVELS = 1 at its top is given 2, and has what only draws edited."""
-    arguments = [argument for argument in QUICK if not argument.startswith("LEVELS")]
-    levels = []
-    for count, *edits in ((1,), (2, DRAWS)):
-        module = conftest.load_copy(tmp_path, undrawn, ("\nLEVELS: int = 16", f"\nLEVELS: int = {count}"), *edits)
-        with conftest.at_each_level(module, levels.append):
-            run_here(module, tmp_path / "edited", *arguments)
-    assert levels == [0, 1, 2]
-    run_here(lth, tmp_path / "alone", *QUICK)
-    check_same_results(tmp_path / "edited", tmp_path / "alone")
-
-
 @pytest.mark.parametrize("room", ["draw_figures", "summary", "verdict"])
 def test_an_error_in_what_draws_costs_no_run(lth, undrawn, tmp_path, room):
     """Records and tickets are there before anything is drawn, and mended, the script draws without training."""
@@ -71,21 +79,24 @@ def test_an_error_in_what_draws_costs_no_run(lth, undrawn, tmp_path, room):
         patch.setattr(lth, room, lambda results: 1 / 0)
         run_here(lth, tmp_path, *QUICK)
     assert "tickets.pt" in names(tmp_path) and set(read_metrics(tmp_path)["level"]) == {0, 1, 2}
-    lth.use(draw_figures=conftest.sketch)
-    conftest.run_without_training(lth, tmp_path, *QUICK)
+    lth.use(draw_figures=sketch, train=None)
+    run_here(lth, tmp_path, *QUICK)
     assert {"summary.md", "comparison_plot.png"} <= names(tmp_path)
 
 
-def test_the_version_is_that_of_the_text_that_was_loaded(lth, undrawn, tmp_path):
-    """The file may be edited while it runs: what it then saves is of the text that computed it."""
-    module, edited = conftest.load_copy(tmp_path, undrawn), conftest.load_copy(tmp_path, undrawn, COMPUTES)
-    Path(module.__file__).write_text(Path(edited.__file__).read_text())
-    assert module.identity(CPU)["version of the script"] == lth.VERSION != edited.VERSION
+def test_the_version_is_that_of_what_computes_and_of_the_text_that_was_loaded(lth, undrawn, tmp_path):
+    """With constants and figures edited in the file, a run goes on. The file may be edited while it runs: what it then
+    saves is of the text that computed it."""
+    figures = conftest.load_copy(tmp_path, undrawn, ("\nLEVELS: int = 16", "\nLEVELS: int = 1"), DRAWS)
+    assert figures.constants()["LEVELS"] == 1 and figures.identity(CPU) == lth.identity(CPU)
+    edited = conftest.load_copy(tmp_path, undrawn, COMPUTES)
+    Path(figures.__file__).write_text(Path(edited.__file__).read_text())
+    assert figures.identity(CPU)["version of the script"] == lth.VERSION != edited.VERSION
 
 
 @pytest.mark.parametrize("other", ["SEED", "version of the script"])
 def test_another_run_moves_the_earlier_one_whole(lth, undrawn, tmp_path, capsys, other):
-    """With one sentence, and not before it has a level of its own; what is not a run's stays where it is."""
+    """Not before it has a level of its own; what is not a run's stays where it is."""
     folder = tmp_path / "results"
     run_here(lth, folder, *QUICK)
     earlier = contents(folder)
@@ -94,12 +105,10 @@ def test_another_run_moves_the_earlier_one_whole(lth, undrawn, tmp_path, capsys,
     module, seed = lth, "SEED=1"
     if other != "SEED":
         module, seed = conftest.load_copy(tmp_path, undrawn, COMPUTES), "SEED=42"
-    with pytest.raises(KeyboardInterrupt):
-        run_until(module, 0, folder, *QUICK, seed)
+    run_until(module, 0, folder, *QUICK, seed)
     assert f"holds another run (with another {other}): its files will be moved to previous/" in capsys.readouterr().out
     assert contents(folder) == earlier | {"README.md": b"the user's own"}
-    with pytest.raises(KeyboardInterrupt):
-        run_until(module, 1, folder, *QUICK, seed)
+    run_until(module, 1, folder, *QUICK, seed)
     said = capsys.readouterr().out
     assert said.count(MOVED) == 1 and said.index(MOVED) < said.index("\n    0 ")
     assert the_previous(folder) == earlier
@@ -113,9 +122,8 @@ def test_a_damaged_checkpoint_is_named_moved_and_not_used(lth, undrawn, tmp_path
     run_here(lth, tmp_path, *QUICK)
     first = contents(tmp_path)
     content = first["checkpoint.pt"]
-    middle = len(content) // 2
-    damaged = {"half": content[:middle], "empty": b"", "foreign": first["tickets.pt"],
-               "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]}[damage]
+    damaged = {"half": content[:len(content) // 2], "bit": conftest.flipped(content), "empty": b"",
+               "foreign": first["tickets.pt"]}[damage]
     (tmp_path / "checkpoint.pt").write_bytes(damaged)
     run_here(lth, tmp_path, *QUICK)
     said = capsys.readouterr().out
@@ -138,8 +146,8 @@ def test_results_without_a_checkpoint_are_replaced_only_by_their_like(lth, undra
         (tmp_path / "metrics.csv").write_bytes(metrics)
         (tmp_path / "checkpoint.pt").unlink()
         committed = contents(tmp_path)
-        with contextlib.suppress(KeyboardInterrupt):
-            run_until(lth, level, tmp_path, *QUICK)
+        with ends_at(lth, level, KeyboardInterrupt()), contextlib.suppress(KeyboardInterrupt):
+            run_here(lth, tmp_path, *QUICK)
         assert capsys.readouterr().out.count(MOVED) == 1 and the_previous(tmp_path) == committed
         assert first["metrics.csv"].startswith((tmp_path / "metrics.csv").read_bytes())
         shutil.rmtree(tmp_path / "previous")
@@ -186,7 +194,7 @@ def test_two_runs_at_once_mix_nothing(lth, undrawn, tmp_path, seed, level):
             run_here(other, folder, *QUICK, f"SEED={seed}")
 
     stop = pytest.raises(lth.UserError, match=r"another run has begun in .*: choose another RESULTS_DIR")
-    with conftest.at_each_level(lth, come_and_go), stop if seed == 1 else contextlib.nullcontext():
+    with at_each_level(lth, come_and_go), stop if seed == 1 else contextlib.nullcontext():
         run_here(lth, folder, *QUICK)
     check_same_results(folder, tmp_path / "alone")
     assert names(folder) == names(tmp_path / "alone") | ({"previous"} if seed == 1 else set())
@@ -196,14 +204,12 @@ def test_a_slower_twin_takes_no_level_away(lth, undrawn, tmp_path):
     """It saves level 1 when the faster one has saved level 2."""
     run_here(lth, tmp_path, *QUICK)
     own, state = lth.read_checkpoint(tmp_path)
-    lth.save_state(lth.up_to_level(state, 1), tmp_path, own)
+    lth.save_state(dataclasses.replace(state, level=1), tmp_path, own)
     assert lth.read_checkpoint(tmp_path)[1].level == 2
 
 
 def test_redraw_restores_summary_and_figures_from_the_records(lth, few, tmp_path):
     """Without the checkpoint. What computed the run, and on what, stays as it was written then."""
-    given = []
-    lth.use(draw_figures=lambda results: given.append(results) or conftest.sketch(results))
     run_here(lth, tmp_path, *QUICK)
     (tmp_path / "checkpoint.pt").unlink()
     summary = (tmp_path / "summary.md").read_text().replace("CPU threads", "abacuses")
@@ -214,9 +220,6 @@ def test_redraw_restores_summary_and_figures_from_the_records(lth, few, tmp_path
     (tmp_path / "leads_plot.png").write_bytes(b"of arms that the run has not")
     lth.redraw(tmp_path)
     assert "abacuses" in constants and contents(tmp_path) == expected
-    drawn, again = given
-    assert drawn.constants == again.constants and torch.equal(drawn.first_layer, again.first_layer)
-    assert drawn.records.equals(again.records) and drawn.networks.equals(again.networks)
     assert lth.constants()["PRUNE_RATE"] == 0.2             # the module's own are left alone
     # Without tickets, nobody knows the masks: their figure stays as it is.
     (tmp_path / "tickets.pt").unlink()

@@ -1,60 +1,22 @@
-"""The networks: counts, initial weights, and a stack that computes just what its plain networks do."""
+"""The networks: their initial weights, and those that a stack cannot train. (What a stack trains: test_training.py.)"""
 
 from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import use_model
 from torch import nn
 
 
-@pytest.mark.parametrize(("model", "prunable"), [("mlp", 266_200), ("lenet", 61_470)])
-def test_the_networks_have_as_many_weights_as_in_the_papers(lth, model, prunable):
-    """Biases are no part of it. Initial weights fit the plain network."""
-    lth.use(MODEL=model)
-    network = lth.build_network(model, 0.2)
-    weights = lth.initial_weights(torch.Generator())
-    assert sum(parameter.numel() for parameter in network.parameters() if parameter.dim() > 1) == prunable
-    assert sum(mask.numel() for mask in lth.full_masks(weights).values()) == prunable
-    assert lth.as_plain_network(network, weights)(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
-
-
-@pytest.mark.parametrize("init", ["kaiming_normal", "xavier_normal"])
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
-def test_initial_weights_have_the_variance_of_their_init(lth, model, init):
-    """He's: 2 by the inputs of a unit; Glorot's: 2 by the sum of its inputs and outputs. Biases are zero.
-    Four standard errors are allowed for."""
-    lth.use(MODEL=model, INIT=init)
+def test_glorots_initial_weights_have_their_variance(lth, model):
+    """2 by the sum of a unit's inputs and outputs, but for four standard errors. (He's: see the arm reinit.)"""
+    lth.use(MODEL=model, INIT="xavier_normal")
     weights = lth.initial_weights(torch.Generator().manual_seed(1))
     for name, layer in lth.weighted_layers(lth.build_network(model, 0)).items():
-        inputs = layer.weight[0].numel()
-        outputs = layer.weight[:, 0].numel()
-        variance = 2 / inputs if init == "kaiming_normal" else 2 / (inputs + outputs)
+        variance = 2 / (layer.weight[0].numel() + layer.weight[:, 0].numel())
         measured = weights[f"{name}.weight"].square().mean().item()
         assert measured == pytest.approx(variance, rel=4 * (2 / layer.weight.numel()) ** 0.5), name
         assert not weights[f"{name}.bias"].any()
-
-
-@pytest.mark.parametrize(("arms", "sets"), [(1, 1), (3, 2)])
-@pytest.mark.parametrize("model", ["mlp", "lenet", "own"])
-def test_a_stack_gives_the_logits_and_gradients_of_its_plain_networks(lth, model, arms, sets):
-    """In double precision. Those that see one set of images, as the arms of a trial do, follow each other."""
-    use_model(lth, model)
-    lth.check_network(torch.device("cpu"))                                      # is not refused
-    torch.manual_seed(1)
-    plains = [lth.build_network(model, 0.2).double().eval() for _ in range(arms * sets)]
-    weights = {name: torch.stack([plain.get_parameter(name).detach() for plain in plains]).requires_grad_()
-               for name, _ in plains[0].named_parameters()}
-    images = torch.randn(sets, 7, 1, 28, 28, dtype=torch.double)
-    logits = lth.forward(lth.build_network(model, 0.2), weights, images)
-    assert logits.shape == (arms * sets, 7, 10)
-    logits.square().sum().backward()
-    for n, plain in enumerate(plains):
-        expected = plain(images[n // arms])
-        expected.square().sum().backward()
-        torch.testing.assert_close(logits[n], expected, rtol=1e-10, atol=1e-10)
-        for name, parameter in plain.named_parameters():
-            torch.testing.assert_close(weights[name].grad[n], parameter.grad, rtol=1e-9, atol=1e-9)
 
 
 def network_of(*layers: nn.Module, last: str = "output") -> nn.Sequential:
@@ -77,7 +39,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_network_that_a_stack_cannot_train_is_refused(lth, kind):
-    """None of its layers is passed over, or taken for what it is not."""
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: [^\n]*$"):
         lth.check_network(torch.device("cpu"))

@@ -2,19 +2,20 @@
 
 A line <!-- results/folder --> before a table names the run that its cells are recomputed from; with two folders, arms
 of both are compared over the trials that they share. The numbers in sentences must be among those of the runs that such
-lines of their section name. Other people's numbers stand in tables without.
+lines of their section name. Other people's numbers stand in tables without. The script measures and decides here: what
+it finds has oracles in test_results.py.
 """
 
 import functools
 import itertools
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SCRIPT, TINY
-from scipy import stats
+from conftest import QUICK, SCRIPT, read_metrics, run_here
+
+import lth_pruning
 
 PAGES = [SCRIPT.parent / "README.md", SCRIPT.parent / "results" / "README.md"]
 SECTIONS = [(page, text) for page in PAGES for text in re.split(r"^(?=## )", page.read_text(), flags=re.M)]
@@ -24,107 +25,57 @@ RECIPES = re.findall(r"^# .*: (.*)\npython .* RESULTS_DIR=results/(\w+)$", SECTI
 
 
 @functools.cache
-def run(folders: str) -> pd.DataFrame:
-    """A row per network of a run, or of the trials that two runs share; in these, the networks of both are the same."""
-    runs = [networks_of(folder).set_index("trial", append=True) for folder in folders.split()]
+def run(folders: str) -> lth_pruning.Results:
+    """A run, or the trials that two runs share; in these, the networks of both are the same."""
+    runs = [lth_pruning.measure(read_metrics(SCRIPT.parent / folder)) for folder in folders.split()]
     for other in runs[1:]:
         both = runs[0].index.intersection(other.index)
         assert len(both) and runs[0].loc[both].equals(other.loc[both]), folders
-    trials = set.intersection(*({*networks.index.unique("trial")} for networks in runs))
+    trials = set.intersection(*(set(networks.index.unique("trial")) for networks in runs))
     networks = pd.concat(runs)
     networks = networks[~networks.index.duplicated() & networks.index.isin(trials, level="trial")]
-    return networks.sort_index().reset_index("trial")
+    return lth_pruning.Results(None, networks.sort_index(), {}, "", None, None)
 
 
-def networks_of(folder: str) -> pd.DataFrame:
-    """A row per network of a run: test accuracy at early stop, at the end and before the first step, and early stop.
-
-    Early stop is the evaluation with the lowest validation loss after the first step; within the last 5 % of the steps,
-    or at the last two evaluations, its step was not reached. Accuracies are whole ten-thousandths of a percent, so that
-    a mean is rounded here as it is there.
-    """
-    records = pd.read_csv(SCRIPT.parent / folder / "metrics.csv")
-    records["test_accuracy"] = (1e4 * records["test_accuracy"]).round()
-    last, before = sorted(records["step"].unique())[-1:-3:-1]
-    rows = []
-    for (arm, level, trial), found in records.groupby(["arm", "level", "trial"]):
-        after = found[found["train_loss"].notna()]
-        stop = after.loc[after["val_loss"].idxmin()]
-        start = found.loc[found["train_loss"].isna(), "test_accuracy"]
-        rows.append({"arm": arm, "level": level, "trial": trial, "left": f"{stop['weights_remaining']:.1f} %",
-                     "stop": stop["test_accuracy"], "final": after["test_accuracy"].iloc[-1], "start": start.iloc[0],
-                     "step": stop["step"] if stop["step"] < min(0.95 * last, before) else np.inf})
-    return pd.DataFrame(rows).set_index(["arm", "level"])
+def lead(networks: pd.DataFrame, ahead: str, behind: str, level: int) -> str:
+    """One arm's lead over another, in words."""
+    return lth_pruning.points(lth_pruning.leads(networks, ahead, behind, level))
 
 
-def values(networks: pd.DataFrame, arm: str, level: int, column: str = "stop") -> np.ndarray:
-    """By trial; level 0, and the dense networks at any level, are the dense networks."""
-    return networks.loc[(arm, level) if level and arm != "dense" else ("dense", 0), column].to_numpy()
-
-
-def interval(networks: pd.DataFrame, one: str, other: str, level: int) -> tuple[float, float]:
-    """One arm's lead over another, paired by trial, in points: mean and half the 95 % interval by Student's t."""
-    differences = (values(networks, one, level) - values(networks, other, level)) / 1e4
-    return differences.mean(), stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
-
-
-def lead(networks: pd.DataFrame, one: str, other: str, level: int) -> str:
-    """As the pages write it."""
-    mean, half = interval(networks, one, other, level)
-    return f"{mean:+.2f} ± {half:.2f}"
-
-
-def cell(networks: pd.DataFrame, what: str, level: int) -> str:
-    """What a column's head asks for at a level."""
-    if match := re.fullmatch(r"(\w+) - (\w+)(?:, points)?", what):
-        return lead(networks, *match.groups(), level) if level else ""
-    if match := re.fullmatch(r"(\w+) untrained, %", what):
-        return f"{values(networks, match[1], level, 'start').mean() / 1e4:.2f}"
-    if match := re.fullmatch(r"(\w+), step", what):
-        return f"{np.median(values(networks, match[1], level, 'step')):.0f}".replace("inf", "not reached")
-    return f"{values(networks, what.removesuffix(', %'), level).mean() / 1e4:.2f}"
-
-
-def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """What the ticket's lead says of an arm's question: its whole interval, or of arms that may be enough that of the
-    other sign, above or below 0, or for those and finetune -0.2."""
-    sign, margin = {"signs": (-1, 0.2), "transfer": (-1, 0.2), "finetune": (1, 0.2)}.get(arm, (1, 0))
-    mean, half = interval(networks, "rewind", arm, level)
-    if sign * mean - half > -margin:
-        return "yes"
-    return "no" if sign * mean + half < -margin else "undecided"
-
-
-def level_of(networks: pd.DataFrame, percent: str) -> int:
-    """The level with so many percent of the weights, of the tickets."""
-    (level,) = {0} if percent == "100 %" else {*networks.loc["rewind"].query("left == @percent").index}
+def level_of(networks: pd.DataFrame, words: str) -> int:
+    """The level with so many percent of the weights."""
+    percent = float(re.search(r"[\d.]+", words)[0])
+    (level,) = [level for level in lth_pruning.levels_of(networks)
+                if round(lth_pruning.remaining(networks, level), 1) == percent]
     return level
 
 
-def recompute(lth, folder: str, head: list[str], rows: list[list[str]]) -> list[list[str]]:
-    """The rows of a table from a run's records; empty cells of the dense networks stay empty."""
-    networks = run(folder)
-    if head[0] == "claim":                                  # as the script decides them, which has tests of its own
-        lines = (SCRIPT.parent / folder / "summary.md").read_text().splitlines()
-        begin = lines.index(f"| {' | '.join(head)} |") + 2
-        return [[part.strip() for part in line.strip("|").split("|")] for line in
-                itertools.takewhile(lambda line: line.startswith("|"), lines[begin:])]
-    found = []
-    for row in rows:
-        if head[0] == "question":
-            arm = row[1].strip("`")
-            levels = [level_of(networks, percent.removeprefix("at ")) for percent in head[2:]]
-            cells = [f"{lead(networks, 'rewind', arm, level)}, {answer(networks, arm, level)}" for level in levels]
-            for place, level in enumerate(levels):
-                own, tickets = (float(networks.loc[(name, level), "left"].iloc[0][:-2]) for name in (arm, "rewind"))
-                if own > 1.1 * tickets:
-                    cells[place] = "not compared"
-            found.append([*row[:2], *cells])
-        else:
-            level = level_of(networks, row[0].removesuffix(" (dense)"))
-            found.append([row[0], *(cell(networks, what, level) if level or there else "" for what, there in
-                                    zip(head[1:], row[1:], strict=True))])
-    return found
+def cell(networks: pd.DataFrame, head: str, level: int) -> str:
+    """What a column's head asks for at a level."""
+    words = head.removesuffix(", points").removesuffix(", %")
+    if " - " in words:
+        return lead(networks, *words.split(" - "), level) if level > 0 else ""
+    if words.endswith(", step"):
+        steps = lth_pruning.values(networks, "stop_step", words.removesuffix(", step"), level)
+        return lth_pruning.median_step(steps)
+    if words.endswith(" untrained"):
+        return lth_pruning.mean_accuracy(networks, "start_accuracy", words.removesuffix(" untrained"), level)
+    return lth_pruning.mean_accuracy(networks, "stop_accuracy", words, level)
+
+
+def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
+    """The ticket's lead over an arm, and what it says of the arm's question."""
+    words = lead(networks, "rewind", arm, level)
+    if words == "has more weights":
+        return "not compared"
+    (question,) = lth_pruning.questions(["rewind", arm], lth_pruning.remaining(networks, level))
+    return f"{words}, {lth_pruning.compare(networks, question)[1]}"
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of a table, its head's first."""
+    head, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
+    return [head, *rows]
 
 
 def test_there_are_tables_and_recipes():
@@ -134,9 +85,23 @@ def test_there_are_tables_and_recipes():
 
 
 @pytest.mark.parametrize(("folder", "text"), [table[1:] for table in TABLES])
-def test_tables_are_recomputed_from_their_records(lth, folder, text):
-    head, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
-    assert rows and rows == recompute(lth, folder, head, rows)
+def test_tables_are_recomputed_from_their_records(folder, text):
+    """Empty cells of the dense networks stay empty."""
+    head, *rows = table_rows(text)
+    networks = run(folder).networks
+    found = []
+    if head[0] == "claim":
+        found = table_rows(lth_pruning.claims(run(folder)).split("\n\n")[0])[1:]
+    elif head[0] == "question":
+        levels = [level_of(networks, percent) for percent in head[2:]]
+        for row in rows:
+            found.append([*row[:2], *[answer(networks, row[1].strip("`"), level) for level in levels]])
+    else:
+        for row in rows:
+            level = level_of(networks, row[0])
+            found.append([row[0], *[cell(networks, what, level) if level > 0 or there else ""
+                                    for what, there in zip(head[1:], row[1:], strict=True)]])
+    assert rows and rows == found
 
 
 @pytest.mark.parametrize(("page", "text"), SECTIONS, ids=[text[:30] for _, text in SECTIONS])
@@ -146,50 +111,47 @@ def test_the_numbers_of_sentences_are_the_records(page, text):
     sentences = " ".join(line for line in text.splitlines() if not line.startswith("|"))
     sentences = re.sub(r" +", " ", sentences)
     leads, accuracies = set(), set()
-    for networks in map(run, folders):
-        arms = networks.index.unique("arm")
-        for level in networks.index.unique("level"):
-            there = [arm for arm in arms if arm == "dense" or (arm, level) in networks.index]
-            leads |= {lead(networks, *pair, level) for pair in itertools.permutations(there, 2)}
-            accuracies |= {f"{values(networks, arm, level, column).mean() / 1e4:.2f}" for arm in there
-                           for column in ("stop", "start", "final")}
+    for networks in [run(folder).networks for folder in folders]:
+        means = networks.groupby(["arm", "level"])[["stop_accuracy", "start_accuracy", "final_accuracy"]].mean()
+        accuracies |= {f"{mean / 1e4:.2f}" for mean in means.to_numpy().flatten()}
+        for level in lth_pruning.levels_of(networks):
+            there = [arm for arm in lth_pruning.ARM_TABLE if (arm, level) in means.index]
+            leads |= {lead(networks, *pair, level) for pair in itertools.permutations(["dense", *there], 2)}
     leads |= {words.lstrip("+-") for words in leads}              # "0.34 ± 0.12 points behind"
     assert set(re.findall(r"[+-]?\d+\.\d\d ± \d+\.\d\d", sentences)) <= leads, page
     assert set(re.findall(r"\b(\d\d\.\d\d) %", sentences)) <= accuracies, page
 
 
-def outcome(folder: str) -> str:
-    """Whether another task's tickets carry over, or down to where tickets match, and what is ahead at 21.1 %."""
-    networks = run(f"results/{folder}")                         # level 7: 21.1 %, and of LeNet-5 22.4 %
-    if networks["trial"].nunique() < 3:
-        return "two trials decide nothing"
-    if "transfer" in networks.index.unique("arm"):
-        return {"no": "they do not carry over"}[answer(networks, "transfer", 7)]
-    matching = [level for level in {*networks.loc["rewind"].index}
-                if np.subtract(*interval(networks, "rewind", "dense", level)) > -0.2]
-    ahead = [arm for arm in networks.index.unique("arm") if arm not in ("dense", "rewind")
-             and np.subtract(*interval(networks, arm, "rewind", 7)) > 0]
-    return (f"tickets match down to {networks.loc[('rewind', max(matching)), 'left'].iloc[0]}"
-            + "".join(f"; at 21.1 % only {arm} is ahead of them" for arm in ahead))
-
-
 @pytest.mark.parametrize(("said", "folder"), RECIPES)
 def test_what_came_out_of_each_recipe(said, folder):
-    assert said == outcome(folder)
+    """Whether another task's tickets carry over, or down to where tickets match, and what is ahead at 21.1 %."""
+    results = run(f"results/{folder}")
+    networks = results.networks                                 # level 7: 21.1 %, and of LeNet-5 22.4 %
+    if len(networks.index.unique("trial")) < 3:
+        outcome = "two trials decide nothing"
+    elif "transfer" in lth_pruning.arms_of(networks):
+        assert answer(networks, "transfer", 7).endswith(", no")
+        outcome = "they do not carry over"
+    else:
+        down_to, _ = lth_pruning.matches_in_words(results, "rewind")
+        outcome = f"tickets match {down_to.removesuffix(' of the weights')}"
+        for arm in lth_pruning.arms_of(networks):
+            if lth_pruning.decide(lth_pruning.leads(networks, arm, "rewind", 7)) == "yes":
+                outcome += f"; at 21.1 % only {arm} is ahead of them"
+    assert said == outcome
 
 
 def test_the_readmes_ticket_can_be_loaded_after_cloning(lth, mnist):
     """It keeps as many weights as said, and untrained it already classifies as the records have it."""
     (call,) = re.findall(r"^ticket = lth_pruning\.(.*?) +#.*?(\d+\.\d) %", PAGES[0].read_text(), re.M)
     ticket = eval(f"lth.{call[0]}", {"lth": lth}).eval()
-    masks = [layer.weight_mask for layer in lth.weighted_layers(ticket).values()]
-    kept, total = (sum(int(count) for count in counts) for counts in (map(torch.sum, masks), map(torch.numel, masks)))
-    assert f"{100 * kept / total:.1f}" == call[1]
+    masks = torch.cat([layer.weight_mask.flatten() for layer in lth.weighted_layers(ticket).values()])
+    assert f"{100 * masks.mean():.1f}" == call[1]
     images, labels = mnist["test"]
     with torch.no_grad():
         accuracy = 100 * (ticket(images).argmax(1) == labels).double().mean().item()
-    records = pd.read_csv(PAGES[1].parent / "metrics.csv").query("arm == 'rewind' and trial == 0 and step == 0")
-    assert accuracy == pytest.approx(records.loc[records["level"] == 12, "test_accuracy"].item(), abs=0.02)
+    records = read_metrics(PAGES[1].parent).query("arm == 'rewind' and trial == 0 and level == 12 and step == 0")
+    assert accuracy == pytest.approx(records["test_accuracy"].item(), abs=0.02)
 
 
 def test_the_readmes_own_arm_runs(lth, few, tmp_path, monkeypatch):
@@ -198,9 +160,8 @@ def test_the_readmes_own_arm_runs(lth, few, tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(def halved.*?)^```", PAGES[0].read_text(), re.M | re.S)
     monkeypatch.setattr(lth, "ARM_TABLE", dict(lth.ARM_TABLE))
     exec(code, dict(vars(lth)))
-    lth.main([f"RESULTS_DIR={tmp_path}", "DEVICE=cpu", *TINY, "TRIALS=1", "LEVELS=1", "VALIDATION_SIZE=49000",
-              "ARMS=rewind,halved"])
-    start = pd.read_csv(tmp_path / "metrics.csv").query("level == 1 and step == 0").set_index("arm")
+    run_here(lth, tmp_path, *QUICK, "LEVELS=1", "ARMS=rewind,halved")
+    start = read_metrics(tmp_path).query("level == 1 and step == 0").set_index("arm")
     assert start.loc["halved", "test_accuracy"] == start.loc["rewind", "test_accuracy"]
     assert start.loc["halved", "val_loss"] != start.loc["rewind", "val_loss"]
     assert (tmp_path / "comparison_plot.png").exists()
