@@ -88,15 +88,20 @@ def test_nohup_is_obeyed_and_sigterm_ends_a_process_as_ctrl_c_does(tmp_path):
     assert names(tmp_path) >= RESULTS and {0, 1} <= set(read_metrics(tmp_path)["level"]) < set(range(100))
 
 
-@pytest.mark.parametrize("found", [signal.SIG_DFL, signal.SIG_IGN, print])
-def test_signals_are_heard_unless_a_host_hears_or_ignores_them_and_given_back(lth, found):
+@pytest.mark.parametrize(("found", "in_notebook", "expected"), [
+    (signal.SIG_DFL, False, signal.default_int_handler), (signal.SIG_IGN, False, signal.SIG_IGN),
+    (print, False, print), (signal.SIG_DFL, True, signal.SIG_DFL)])
+def test_signals_are_heard_unless_a_host_goes_on_or_has_its_own_way(lth, found, in_notebook, expected, monkeypatch):
+    if in_notebook:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
     numbers = (signal.SIGTERM, signal.SIGHUP)
     within = []
     lth.use(main=lambda _: within.extend(map(signal.getsignal, numbers)))
     before = [signal.signal(number, found) for number in numbers]
     exec(PROGRAM, vars(lth) | {"__name__": "__main__"})
-    after = [signal.signal(number, handler) for number, handler in zip(numbers, before, strict=True)]
-    assert set(within) == {signal.default_int_handler if found == signal.SIG_DFL else found} and set(after) == {found}
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert set(within) == {expected}
 
 
 def test_a_results_folder_that_vanishes_or_cannot_make_room_is_one_sentence(lth, undrawn, tmp_path):

@@ -42,3 +42,16 @@ def test_a_network_that_a_stack_cannot_train_is_refused(lth, kind):
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: [^\n]*$"):
         lth.check_network(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layers", [(nn.AvgPool2d(2), nn.Tanh()), (nn.MaxPool2d(2), nn.Conv2d(1, 4, 5))])
+def test_layers_before_flatten_compute_what_they_do_alone(lth, layers):
+    """Of two networks, on images of two trials that are not contiguous; without a convolution, too."""
+    network = network_of(*layers, nn.Flatten())
+    lth.use(build_network=lambda *_: network)
+    weights = [lth.initial_weights(torch.Generator().manual_seed(seed)) for seed in range(4)]
+    images = torch.rand(28, 28, 1, 3, 2).permute(4, 3, 2, 0, 1)
+    found = lth.forward(network, lth.stack(weights), images)
+    for n in range(4):
+        plain = lth.as_plain_network(network, weights[n])
+        torch.testing.assert_close(found[n], plain(images[n // 2]), rtol=1e-4, atol=1e-5)
