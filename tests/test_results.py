@@ -104,8 +104,8 @@ def test_steps_are_decided_by_a_sign_test(lth, trials):
 
 
 @pytest.mark.parametrize(("levels", "expected"), [
-    ("mubmu", "down to 41.0 % of the weights"), ("bbbbb", "at no level of pruning, and are below them from 80.0 % on"),
-    ("mbmbb", "down to 51.2 % of the weights, and are below them from 41.0 % on"), ("uuuuu", "at no level of pruning")])
+    ("mubmu", "down to 41.0 % of the weights"), ("bbbbb", "at no level, and are below them from 80.0 % on"),
+    ("mbmbb", "down to 51.2 % of the weights, and are below them from 41.0 % on"), ("uuuuu", "at no level")])
 def test_matching_is_told_by_the_sparsest_level_and_below_from_where_all_are(lth, levels, expected):
     lead = [{"m": [-0.1] * 5, "b": [-0.5] * 5, "u": UNSURE}[level] for level in (*levels, "u")]
     run = make(ALL[:1], left=LEFT[:6], lead={"rewind": lead})
