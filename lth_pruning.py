@@ -1790,6 +1790,7 @@ def save_state(state: State, folder: Path, own: dict) -> None:
     if process()[0] > 0:
         return
     path = folder / "checkpoint.pt"
+    existed = path.exists()                                 # asked first: another process may save one just now
     found, there = read_checkpoint(folder)
     if found == own and there.level >= state.level:         # the same command, started twice, is ahead
         return
@@ -1797,7 +1798,7 @@ def save_state(state: State, folder: Path, own: dict) -> None:
         raise UserError(f"another run has begun in {folder} meanwhile: choose another RESULTS_DIR for one of the two.")
     if found != own and state.level == 0:
         same_numbers = existing_metrics(folder).startswith(metrics_of(state.records))
-        if path.exists() or not same_numbers:
+        if existed or not same_numbers:
             move_to_previous(folder, OUTPUTS)
     write_whole(path, {"identity": own, "state": vars(state)})
 
@@ -1900,8 +1901,10 @@ def read_folder(folder: str | Path) -> Results:
         text = (folder / "summary.md").read_text(encoding="utf-8")
         block, below = text.split("## Constants and versions\n\n```\n")[1].split("```\n", 1)
         settings = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", block, re.M)}
+        if not settings.keys() >= constants().keys():
+            raise ValueError("constants are missing in summary.md")
         return read_results(folder, settings, below.strip())
-    except (OSError, ValueError, SyntaxError, LookupError) as error:
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError) as error:
         raise UserError(f"{folder} holds no results that can be drawn ({error}): it needs metrics.csv and summary.md "
                         "of a run.") from None
 
@@ -1914,6 +1917,8 @@ def redraw(folder: str | Path) -> None:
 def compare_runs(folders: list[str | Path], path: str | Path) -> None:
     """Draw the ticket's lead over the dense networks in several results folders into one PNG at the path."""
     runs = [read_folder(folder) for folder in folders]
+    if not runs or any(len(levels_of(run.networks)) == 1 for run in runs):
+        raise UserError("compare_runs needs one results folder or more, all of runs that have pruned.")
     with matplotlib.style.context(["default", STYLE], after_reset=True):
         write_whole(beside_script(path), png(leads_over_dense(runs)))
 
@@ -2058,6 +2063,11 @@ def report_level(state: State, bar: tqdm) -> None:
 
 # ---- Checks of the constants -----------------------------------------------------------------------------------------
 
+def is_path(text: str) -> bool:
+    """Whether a file or folder can be called so."""
+    return text != "" and "\0" not in text
+
+
 # Of each constant: its type, what it must be, and the same as a condition
 CHECKS = {
     "DATASET": (str, "one of " + ", ".join(CONTENTS), CONTENTS.__contains__),
@@ -2073,8 +2083,8 @@ CHECKS = {
     "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
     "PRUNE_SCOPE": (str, "one of layer, global", ("layer", "global").__contains__),
     "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
-    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path != ""),
-    "SEED": (int, "a whole number, 0 or more", lambda seed: seed >= 0),
+    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
+    "SEED": (int, "a whole number, 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),
     "VALIDATION_SIZE": (int, "a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
     "EPOCHS": (int, "a whole number, 1 or more", lambda number: number >= 1),
     "BATCH_SIZE": (int, "a whole number, 1 to as many as there are images to train on", lambda size: (
@@ -2083,19 +2093,23 @@ CHECKS = {
     "WEIGHT_DECAY": (float, "a number of at least 0", lambda decay: 0 <= decay < math.inf),
     "CLIP_NORM": (float | None, "a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
     "EVAL_EVERY": (int, "a whole number, 1 or more", lambda steps: steps >= 1),
-    "DATA_DIR": (str, "a folder's path", bool),
-    "RESULTS_DIR": (str, "a folder's path", bool),
+    "DATA_DIR": (str, "a folder's path", is_path),
+    "RESULTS_DIR": (str, "a folder's path", is_path),
     "DEVICE": (str, "auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch),
 }
 
 
 def constants() -> dict:
-    """All constants as they stand, by name; 0 and 0.0 are the same."""
+    """All constants as they stand, by name, in Python's own types: 0 and 0.0 are the same, numpy's words are words."""
     found = {}
     for name, (kind, *_) in CHECKS.items():
         value = globals()[name]
         if kind in (float, float | None) and isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(value)                            # numpy's numbers, too
+            value = float(value) if abs(value) < 1e300 else math.inf
+        elif isinstance(value, str):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = tuple(str(part) if isinstance(part, str) else part for part in value)
         found[name] = value
     return found
 
@@ -2112,7 +2126,7 @@ def read_arguments(arguments: list[str]) -> dict:
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             value = text
         if name == "ARMS" and isinstance(value, str):
             value = tuple(value.split(","))
@@ -2197,8 +2211,12 @@ def run() -> None:
         found, state = read_checkpoint(folder)
         if process()[0] == 0 and found == own:
             results = write_results(state, data, own, origin, folder)
-    if results is not None:
-        say("\n" + "\n".join(verdict(results)) + f"\n\nresults: {folder}")
+    if process()[0] > 0:
+        return
+    if results is None:
+        raise UserError(f"{folder / 'checkpoint.pt'} is no longer what this run saved, and no results were written: "
+                        "start it again in a RESULTS_DIR of its own.")
+    say("\n" + "\n".join(verdict(results)) + f"\n\nresults: {folder}")
 
 
 def main(arguments: list[str]) -> None:
@@ -2213,6 +2231,7 @@ def main(arguments: list[str]) -> None:
     before = {name: globals()[name] for name in CHECKS}
     try:
         globals().update(read_arguments(arguments))
+        globals().update(constants())
         run()
     except OSError as error:
         raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None

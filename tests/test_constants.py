@@ -19,12 +19,15 @@ ARMS=reinit  ARMS must contain rewind
 REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of a training, not 1287.
 LEVELS=60  LEVELS=60 is too many at PRUNE_RATE=0.2: at level
 PRUNE_RATE=1e-6  at level 1, 0 of the 235200 weights left in fc1.weight would be pruned.
+SEED=9223372036854775808  SEED must be a whole number, 0 to 2**63 - 1, not 9223372036854775808.
+TICKETS_FROM='a\\0b'  TICKETS_FROM must be the path of a tickets.pt, or None, not 'a\\x00b'.
 DEVICE=gpu  DEVICE must be auto, cpu, cuda, cuda:1 and so on, or mps, not 'gpu'.
 DEVICE=cuda:99  DEVICE=cuda:99 cannot be used here: DEVICE=auto takes what there is.
 RESULTS_DIR=/dev/null/results  the results folder /dev/null/results cannot be written to (Not a directory)
 TRIAL=3  there is no constant TRIAL; did you mean TRIALS?
 levels=3  there is no constant levels; did you mean LEVELS?
 =5  '=5' is not of the form NAME=VALUE, such as TRIALS=1.""".splitlines()]
+BAD.append((f"DROPOUT={10**400}", "DROPOUT must be a number from 0 to 0.99, not inf."))
 if not torch.backends.mps.is_available():
     BAD.append(("DEVICE=mps", "DEVICE=mps cannot be used here: DEVICE=auto takes what there is."))
 

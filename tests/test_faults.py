@@ -1,5 +1,4 @@
-"""Nothing lost, nothing wrong: whatever ends a run, finished levels are kept, and the numbers after a fault are the
-numbers without it. What a user or a machine can set right is said in one sentence."""
+"""Finished levels are kept whatever ends a run, and the numbers are the same; what can be set right is one sentence."""
 
 import argparse
 import io

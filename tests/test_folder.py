@@ -1,5 +1,4 @@
-"""A results folder holds one run: it goes on, is drawn again, or makes room for another one. Nothing of another's is
-overwritten, nothing is mixed, nothing is trained twice."""
+"""A results folder holds one run, which goes on, is drawn again, or makes room for another: nothing is lost or mixed."""
 
 import contextlib
 import dataclasses
@@ -8,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import QUICK, SCRIPT, at_each_level, check_same_results, contents, ends_at, names, read_metrics, run_here
@@ -227,9 +227,26 @@ def test_redraw_restores_summary_and_figures_from_the_records(lth, few, tmp_path
     lth.redraw(str(tmp_path))
     assert (tmp_path / "mask_plot.png").read_bytes() == b"the old one"
     # Where there are no records, or no constants, it says so.
-    for name, content in (("metrics.csv", "arm,level\nrewind,1\n"), ("metrics.csv", ""), ("summary.md", "# Words\n")):
+    head = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    for name, content in (("metrics.csv", "arm,level\nrewind,1\n"), ("metrics.csv", ""), ("metrics.csv", head + "\n"),
+                          ("summary.md", "# Words\n"), ("summary.md", summary.replace("TRIALS = ", "TRAILS = "))):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_text(content)
         with pytest.raises(lth.UserError, match=f"{tmp_path} holds no results that can be drawn"):
             lth.redraw(tmp_path)
         (tmp_path / name).write_bytes(before)
+    with pytest.raises(lth.UserError, match="compare_runs needs one results folder or more"):
+        lth.compare_runs([], tmp_path / "runs.png")
+
+
+def test_a_run_that_cannot_read_its_checkpoint_again_says_that_there_are_no_results(lth, undrawn, tmp_path):
+    lth.use(save_state=lambda *_: None)
+    with pytest.raises(lth.UserError, match="is no longer what this run saved"):
+        run_here(lth, tmp_path, *QUICK)
+
+
+def test_numpys_words_are_words(lth, undrawn, tmp_path):
+    """The checkpoint could not be read again with them in it."""
+    lth.use(ARMS=tuple(np.array(lth.ARMS)), DATASET=np.str_("MNIST"))
+    run_here(lth, tmp_path, *QUICK)
+    assert lth.read_checkpoint(tmp_path)[1].level > 0

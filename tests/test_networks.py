@@ -53,5 +53,5 @@ def test_layers_before_flatten_compute_what_they_do_alone(lth, layers):
     images = torch.rand(28, 28, 1, 3, 2).permute(4, 3, 2, 0, 1)
     found = lth.forward(network, lth.stack(weights), images)
     for n in range(4):
-        plain = lth.as_plain_network(network, weights[n])
-        torch.testing.assert_close(found[n], plain(images[n // 2]), rtol=1e-4, atol=1e-5)
+        expected = lth.as_plain_network(network, weights[n])(images[n // 2])
+        torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-5)

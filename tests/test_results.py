@@ -269,8 +269,7 @@ def test_leads_over_dense_networks_of_several_runs_in_one_picture(lth):
     (axes,) = lth.leads_over_dense(runs).axes
     assert {text.get_text().replace("\n", " ") for text in axes.texts} == {
         "images of unit length, 5 trials", "standardised pixels, 10 trials"}
-    _, *lines = axes.get_lines()
-    lines = [line for line in lines if len(line.get_ydata()) > 5 and line.get_linestyle() == "-"]
+    lines = [line for line in axes.get_lines() if len(line.get_ydata()) > 5 and line.get_linestyle() == "-"]
     for run, line in zip(runs, lines, strict=True):
         stop = early_stops(run)["test_accuracy"]
         levels = range(1, run.constants["LEVELS"] + 1)
