@@ -1,4 +1,4 @@
-"""A results folder holds one run, which goes on, is drawn again, or makes room for another: nothing is lost or mixed."""
+"""A results folder holds one run: it goes on, is drawn again, or makes room for another. Nothing is lost or mixed."""
 
 import contextlib
 import dataclasses
