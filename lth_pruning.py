@@ -93,7 +93,7 @@ SEED: int = 42                        # one seed, one result
 # steps, neither dropout nor clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
 EPOCHS: int = 3                       # short: every network would still improve, so learning faster is part of a lead
-BATCH_SIZE: int = 128                 # the paper's 60 takes twice as long
+BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
 CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no clipping
@@ -1535,8 +1535,8 @@ def leads_plot(results: Results) -> Figure:
         axes.axvline(0, color=GREY, linestyle="--")
         for place, arm in enumerate(arms):
             mean, half = interval(leads(networks, "rewind", arm, level))
-            small = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
-            axes.errorbar(mean, place, xerr=half, capsize=6, **small)               # a narrow interval shows, too
+            look = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
+            axes.errorbar(mean, place, xerr=half, capsize=6, **look)               # a narrow interval shows, too
         axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead of the ticket (points)")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
@@ -2068,20 +2068,24 @@ def is_path(text: str) -> bool:
     return text != "" and "\0" not in text
 
 
+def one_of(*words: str) -> tuple[type, str, Callable[[str], bool]]:
+    """The check of a constant that is one of some words."""
+    return str, "one of " + ", ".join(words), words.__contains__
+
+
 # Of each constant: its type, what it must be, and the same as a condition
 CHECKS = {
-    "DATASET": (str, "one of " + ", ".join(CONTENTS), CONTENTS.__contains__),
-    "PIXELS": (str, "one of standardised, unit_interval, unit_length", (
-        "standardised", "unit_interval", "unit_length").__contains__),
+    "DATASET": one_of(*CONTENTS),
+    "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
     "MODEL": (str, "a name that build_network knows", bool),
-    "INIT": (str, "one of kaiming_normal, xavier_normal", ("kaiming_normal", "xavier_normal").__contains__),
+    "INIT": one_of("kaiming_normal", "xavier_normal"),
     "DROPOUT": (float, "a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
     "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
         all(arm in list(ARM_TABLE) for arm in arms) and len(set(arms)) == len(arms))),
     "TRIALS": (int, "a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
     "LEVELS": (int, "a whole number, 0 to 255", lambda number: 0 <= number <= 255),     # tickets.pt has 8 bits for them
     "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
-    "PRUNE_SCOPE": (str, "one of layer, global", ("layer", "global").__contains__),
+    "PRUNE_SCOPE": one_of("layer", "global"),
     "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
     "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
     "SEED": (int, "a whole number, 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),
@@ -2105,7 +2109,10 @@ def constants() -> dict:
     for name, (kind, *_) in CHECKS.items():
         value = globals()[name]
         if kind in (float, float | None) and isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(value) if abs(value) < 1e300 else math.inf
+            try:
+                value = float(value)
+            except OverflowError:                           # refused like any other that is out of range
+                value = math.inf
         elif isinstance(value, str):
             value = str(value)
         elif isinstance(value, tuple):
@@ -2154,16 +2161,16 @@ def check_constants() -> None:
 
     network = build_network(MODEL, DROPOUT)
     rates = prune_rates(network)
-    left = {name: network.get_parameter(name).numel() for name in rates}
+    there = {name: network.get_parameter(name).numel() for name in rates}
     if PRUNE_SCOPE == "global":
         rates = {"all layers": PRUNE_RATE}
-        left = {"all layers": sum(left.values())}
+        there = {"all layers": sum(there.values())}
     for level, name in itertools.product(range(1, LEVELS + 1), rates):
-        gone = round(rates[name] * left[name])
-        if not 0 < gone < left[name]:
+        gone = round(rates[name] * there[name])
+        if not 0 < gone < there[name]:
             raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                            f"{left[name]} weights left in {name} would be pruned.")
-        left[name] -= gone
+                            f"{there[name]} weights left in {name} would be pruned.")
+        there[name] -= gone
 
 
 def check_network(device: torch.device) -> None:
