@@ -1271,8 +1271,8 @@ def level_table(results: Results, arms: list[str]) -> str:
 
 
 def early_stops_reached(networks: pd.DataFrame) -> bool:
-    """Whether at some level most of the ticket's early stops were reached."""
-    return bool(np.isfinite(networks.loc["rewind", "stop_step"].groupby("level").median()).any())
+    """Whether most of the ticket's early stops were reached, at most levels."""
+    return np.isfinite(networks.loc["rewind", "stop_step"].groupby("level").median()).mean() > 0.5
 
 
 HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
@@ -1347,7 +1347,7 @@ def draw_figures(results: Results) -> dict[str, Figure]:
 def new_figure(title: str, grey: str, panels: list[str], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """A figure of a size (inches) and its row of axes: a title, a grey line under it, panels."""
     figure = Figure(figsize=size, layout="constrained")     # apart from pyplot: a notebook's own figures stay
-    figure.suptitle(wrap(title, min(75, int(6.6 * size[0]))), x=0.012, ha="left")
+    figure.suptitle(wrap(title, min(75, int(6.8 * size[0]))), x=0.012, ha="left")
     body = figure.subfigures()
     body.suptitle(wrap(grey, int(11 * size[0])), x=0.012, ha="left", color="0.4", size=12, weight="normal")
     row = body.subplots(1, len(panels), squeeze=False)[0]
@@ -1853,10 +1853,11 @@ def read_results(folder: Path, settings: dict, below: str) -> Results:
     image = None
     with contextlib.suppress(UserError):
         tickets = load_tickets(folder / "tickets.pt")
-        image = tickets["mean_image"]
         weights = next(iter(tickets["pruned_at"].values()))
-        if weights.ndim == 3:                               # a convolution's belong to no pixel
+        own = tickets["constants"] == settings | {"LEVELS": records["level"].max()}
+        if own and weights.ndim == 3:                       # a convolution's belong to no pixel
             first_layer = weights
+            image = tickets["mean_image"]
     return Results(records, measure(records), settings, below, first_layer, image)
 
 

@@ -221,11 +221,13 @@ def test_redraw_restores_summary_and_figures_from_the_records(lth, few, tmp_path
     lth.redraw(tmp_path)
     assert "abacuses" in constants and contents(tmp_path) == expected
     assert lth.constants()["PRUNE_RATE"] == 0.2             # the module's own are left alone
-    # Without tickets, nobody knows the masks: their figure stays as it is.
-    (tmp_path / "tickets.pt").unlink()
+    # Without tickets, or with another run's, nobody knows the masks: their figure stays as it is.
     (tmp_path / "mask_plot.png").write_bytes(b"the old one")
-    lth.redraw(str(tmp_path))
-    assert (tmp_path / "mask_plot.png").read_bytes() == b"the old one"
+    (tmp_path / "summary.md").write_text(summary.replace("SEED = 42", "SEED = 43"))
+    for _ in range(2):
+        lth.redraw(str(tmp_path))
+        assert (tmp_path / "mask_plot.png").read_bytes() == b"the old one"
+        (tmp_path / "tickets.pt").unlink(missing_ok=True)
     # Where there are no records, or no constants, it says so.
     head = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     for name, content in (("metrics.csv", "arm,level\nrewind,1\n"), ("metrics.csv", ""), ("metrics.csv", head + "\n"),

@@ -65,11 +65,8 @@ def cell(networks: pd.DataFrame, head: str, level: int) -> str:
 
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
     """The ticket's lead over an arm, and what it says of the arm's question."""
-    words = lead(networks, "rewind", arm, level)
-    if words == "has more weights":
-        return "not compared"
     (question,) = lth_pruning.questions(["rewind", arm], lth_pruning.remaining(networks, level))
-    return f"{words}, {lth_pruning.compare(networks, question)[1]}"
+    return f"{lead(networks, 'rewind', arm, level)}, {lth_pruning.compare(networks, question)[1]}"
 
 
 def table_rows(text: str) -> list[list[str]]:

@@ -26,13 +26,13 @@ UNSURE = [-1, 1, -1, 1, 0]                                  # a lead by trial th
 
 
 def make(arms=ALL[:2], trials=5, left=LEFT, lead=None, stop=None, steps=STEPS, provenance="Python", **constants):
-    """A run. Early stops are at `stop[arm]` or so, leads over the dense network there `lead[arm]` (levels, trials)."""
+    """A run. Early stops are at `stop[arm]` (levels,) or so, and leads there `lead[arm]` (levels, trials)."""
     constants = DEFAULTS | {"ARMS": arms, "TRIALS": trials, "LEVELS": len(left) - 1} | constants
     random = np.random.default_rng(0)
     rows = []
     for (level, arm), trial in product([(0, "dense"), *product(range(1, len(left)), arms)], range(trials)):
         begin = constants["REWIND_STEP"] if level and TABLE[arm].late else 0
-        best = (stop or {}).get(arm, 800 if arm in ("dense", "reinit") else 600)
+        best = np.broadcast_to((stop or {}).get(arm, 800 if arm in ("dense", "reinit") else 600), len(left))[level - 1]
         best += 200 * (trial == 0 and best < 1000)
         ahead = (lead or {}).get(arm, level and 0.35 - list(TABLE).index(arm) * level / 20)
         top = 97 + trial / 10 + np.broadcast_to(ahead, (len(left), trials))[level - 1, trial] + random.normal(0, 0.02)
@@ -176,7 +176,7 @@ RUNS = {                              # what a run is made of, and which figures
     "default": ({}, FIGURES[7:]), "ten arms": ({"arms": ALL}, []), "one trial": ({"arms": ALL[:3], "trials": 1}, []),
     "dense": ({"left": LEFT[:1]}, FIGURES[1:]), "one level": ({"arms": ALL, "left": LEFT[:2]}, []),
     "own": ({"arms": (*ALL[:6], "own")}, []),
-    "one arm": ({"arms": ALL[:1], "stop": {"rewind": 1290}}, FIGURES[4:5] + FIGURES[6:]),
+    "one arm": ({"arms": ALL[:1], "stop": {"rewind": [600] + 16 * [1290]}}, FIGURES[4:5] + FIGURES[6:]),
     "no reinit": ({"arms": ("rewind", "small", "shuffle"), "trials": 2, "left": LEFT[:3]}, FIGURES[6:7]),
     "lenet": ({"MODEL": "lenet", "DATASET": "FashionMNIST"}, FIGURES[5:8:2]),
     "late": ({"arms": ALL, "REWIND_STEP": 500, "provenance": "Transferred tickets: DATASET = 'FashionMNIST', x"}, [])}
@@ -212,7 +212,7 @@ def test_every_run_has_its_figures_and_whole_texts(name):
         boxes = {text: box for text, box in seen.items()
                  if text.figure.figure is figure and text.get_color() != "none"}
         (title,) = [text for text in boxes if text.get_text() == figure.get_suptitle()]
-        assert (title.get_fontweight(), title.get_ha()) == ("bold", "left")
+        assert (title.get_fontweight(), title.get_ha()) == ("bold", "left") and title.get_text().count("\n") <= 1, file
         for text, box in boxes.items():
             assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max), (file, text.get_text())
         for (one, box), (other, its) in combinations(boxes.items(), 2):
