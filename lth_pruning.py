@@ -1617,7 +1617,7 @@ def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.set_yscale("function", functions=(
         lambda percent: -np.log(np.maximum(100.5 - percent, 1e-9)), lambda y: 100.5 - np.exp(-y)))
-    axes.set_yticks([10, 50, 80, 90, 95, 98, 99])
+    axes.set_yticks([10, 50, 70, 80, 85, 90, 95, 98, 99])
     axes.minorticks_off()
     axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step (log)", ylabel="")
     axes.set_ylim(0, min(99.8, records["test_accuracy"].max() + 0.3))
