@@ -907,7 +907,7 @@ class Results(NamedTuple):
     constants: dict
     provenance: str                       # what computed it, and on what
     first_layer: Tensor | None            # (trials, units, pixels): the level at which each weight was pruned; 0: never
-    image: Tensor | None                  # (28, 28): the mean training image
+    image: Tensor | None                  # (28, 28): the mean training image; there if first_layer is
 
 
 class Comparison(NamedTuple):
@@ -1652,16 +1652,13 @@ def mask_plot(results: Results) -> Figure:
     levels = levels_near(results.networks, 51.3, 21.1, 7.0, 3.6)
     panels = [f"{left(results, level)} of the weights" for level in levels]
     shares = [masks_at({"first": results.first_layer}, level)["first"].mean((0, 1)) for level in levels]
-    title = "Where weights of the first layer remain"
-    if results.image is not None:
-        bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
-        held = 100 * shares[-1][bright].sum() / shares[-1].sum()
-        title = f"With {panels[-1]}, {held:.0f} % of the first layer's are at the brightest quarter of the pixels"
-        panels.insert(0, "mean training image")
+    bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
+    held = 100 * shares[-1][bright].sum() / shares[-1].sum()
+    title = f"With {panels[-1]}, {held:.0f} % of the first layer's are at the brightest quarter of the pixels"
+    panels = ["mean training image", *panels]
     figure, row = new_figure(title, shown_of(results, "means"), panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
-    if results.image is not None:
-        row[0].imshow(results.image.numpy(), cmap="gray_r")
-    for axes, share in zip(row[-len(levels):], shares, strict=True):
+    row[0].imshow(results.image.numpy(), cmap="gray_r")
+    for axes, share in zip(row[1:], shares, strict=True):
         relative = (share / share.mean()).clip(0.5, 2).view(28, 28).numpy()
         picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
     for axes in row:
@@ -1854,6 +1851,7 @@ def read_results(folder: Path, settings: dict, below: str) -> Results:
     with contextlib.suppress(UserError):
         tickets = load_tickets(folder / "tickets.pt")
         weights = next(iter(tickets["pruned_at"].values()))
+        # Another run's may lie there, where committed results were checked out again.
         own = tickets["constants"] == settings | {"LEVELS": records["level"].max()}
         if own and weights.ndim == 3:                       # a convolution's belong to no pixel
             first_layer = weights
