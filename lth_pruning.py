@@ -92,7 +92,7 @@ SEED: int = 42                        # one seed, one result
 # Training: the same for every network, dense or pruned. (The paper: Adam and Glorot's weights, batches of 60 for 50,000
 # steps, neither dropout nor clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
-EPOCHS: int = 3                       # short: every network would still improve, so learning faster is part of a lead
+EPOCHS: int = 3                       # short: most networks would still improve, so learning faster is part of a lead
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
@@ -104,8 +104,7 @@ DATA_DIR: str = "data"                # relative paths start beside this script
 RESULTS_DIR: str = "results"
 DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
 
-MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching: our choice, about
-                                      # the range of their own accuracies
+MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching: our choice
 
 Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
 Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned

@@ -64,9 +64,9 @@ def cell(networks: pd.DataFrame, head: str, level: int) -> str:
 
 
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """The ticket's lead over an arm, and what it says of the arm's question."""
+    """What a run says to an arm's question: the lead that it asks for, and the answer."""
     (question,) = lth_pruning.questions(["rewind", arm], lth_pruning.remaining(networks, level))
-    return f"{lead(networks, 'rewind', arm, level)}, {lth_pruning.compare(networks, question)[1]}"
+    return ", ".join(lth_pruning.compare(networks, question))
 
 
 def table_rows(text: str) -> list[list[str]]:
