@@ -24,9 +24,9 @@ trained at all, original weights merely masked, reaches 92.08 % with 21.1 %.
 import os
 import sys
 
-# Housekeeping; the experiment begins below, with its constants. Both are read once, when PyTorch is loaded. Threads
-# spin while they wait for each other: limited so, two runs at once on two cores take 1.6 times as long as one, not four
-# times. Large memory pages save some 5 %.
+# Housekeeping, before PyTorch is loaded; the experiment begins below, with its constants. Threads spin while they wait
+# for each other: limited so, two runs at once on two cores take 1.6 times as long as one, not four times. Large memory
+# pages save some 5 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if __name__ == "__main__" and "IPython" not in sys.modules:
@@ -104,6 +104,7 @@ DATA_DIR: str = "data"                # relative paths start beside this script
 RESULTS_DIR: str = "results"
 DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
 
+# How results are judged: no argument, since it is no part of a run
 MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching: our choice
 
 Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
@@ -1010,9 +1011,15 @@ def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
     return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents})
 
 
+def level_near(networks: pd.DataFrame, percent: float) -> int:
+    """The level nearest to so many percent of weights remaining."""
+    return levels_near(networks, percent)[0]
+
+
 def leads(networks: pd.DataFrame, ahead: str, behind: str, level: int, column: str = "stop_accuracy") -> np.ndarray:
-    """How many points of test accuracy one arm is ahead of another, (trials,); nan if the other has more weights."""
-    if behind == "small" and remaining(networks, level, "small") > 1.1 * remaining(networks, level):
+    """How many points of test accuracy one arm is ahead of another, (trials,); nan for a small dense
+    network that has more weights than the ticket."""
+    if "small" in (ahead, behind) and remaining(networks, level, "small") > 1.1 * remaining(networks, level):
         return np.full(len(values(networks, column, behind, level)), math.nan)
     return (values(networks, column, ahead, level) - values(networks, column, behind, level)) / 1e4
 
@@ -1044,7 +1051,7 @@ def decide_steps(first: np.ndarray, second: np.ndarray) -> str:
 
 def compare(networks: pd.DataFrame, comparison: Comparison) -> tuple[str, str]:
     """What a run says to a comparison: its own figure in words, and "yes", "no" or "undecided"."""
-    (level,) = levels_near(networks, comparison.percent)
+    level = level_near(networks, comparison.percent)
     pair = (comparison.ahead, comparison.behind)
     if comparison.measure in ("stop_step", "catch_up_step"):
         steps = [values(networks, comparison.measure, arm, level) for arm in pair]
@@ -1059,7 +1066,7 @@ def why_untested(networks: pd.DataFrame, comparison: Comparison) -> str:
     for arm in compared:
         if arm not in ("dense", *arms_of(networks)):
             return f"no {arm} networks"
-    (level,) = levels_near(networks, comparison.percent)
+    level = level_near(networks, comparison.percent)
     if abs(math.log(remaining(networks, level) / comparison.percent)) > math.log(1.25):
         return f"no level near {comparison.percent} %"
     if np.isnan(leads(networks, *compared, level)).any():
@@ -1084,6 +1091,7 @@ def label(results: Results, arm: str) -> str:
     if arm == "dense":
         return "dense network"
     words = as_rewound(results, ARM_TABLE[arm].label)
+    # Where they come from is known from the summary: all that there is when a folder is drawn again.
     found = re.search(r"^Transferred tickets: DATASET = '(\w+)'", results.provenance, re.MULTILINE)
     if arm == "transfer" and found and found[1] != results.constants["DATASET"]:
         words = f"ticket from {found[1].replace('FashionMNIST', 'Fashion-MNIST')}"
@@ -1143,7 +1151,7 @@ def steps_in_words(first: np.ndarray, second: np.ndarray) -> str:
     sooner = (first < second).sum()
     words = f"sooner in {sooner} of {len(first)}; medians {median_step(first)} and {median_step(second)}"
     later = np.median(first) / np.median(second) - 1        # -1 or infinite where a median was not reached
-    if -1 < later < math.inf:
+    if -1 < later < math.inf and later != 0:
         words += f", {100 * abs(later):.0f} % {'later' if later > 0 else 'earlier'}"
     return words
 
@@ -1182,13 +1190,14 @@ def verdict(results: Results) -> list[str]:
                 sentence += f", and are below them from {below} on"
             sentences.append(f"{sentence}.")
 
-    (level,) = levels_near(networks, 21.1)
+    level = level_near(networks, 21.1)
     where = f"With {left(results, level)} of the weights"
     if "reinit" in arms:
         lead = points(leads(networks, "rewind", "reinit", level))
         sentences.append(f"{where}, the ticket's lead over networks {label(results, 'reinit')} is {lead} points.")
     if len(arms) > 2 and len(dense) >= 3:
-        sentences.append(f"It is ahead of {len(beaten(networks, level))} of {len(arms) - 1} other arms.")
+        ahead_of = f"{len(beaten(networks, level))} of {len(arms) - 1}"
+        sentences.append(f"{where}, the ticket is ahead of {ahead_of} other arms.")
     start = mean_accuracy(networks, "start_accuracy", "rewind", level)
     sentences.append(f"{where}, {untrained(results)}, masked only, have {start} % test accuracy.")
     return sentences
@@ -1223,7 +1232,7 @@ def claims(results: Results) -> str:
         if reason:
             untested.append(f"{comparison.claim} ({reason})")
             continue
-        (level,) = levels_near(networks, comparison.percent)
+        level = level_near(networks, comparison.percent)
         ours, answer = compare(networks, comparison)
         answer = {"yes": "borne out", "no": "contradicted"}.get(answer, answer)
         rows.append([comparison.claim, left(results, level), comparison.published, ours, answer])
@@ -1338,7 +1347,7 @@ def draw_figures(results: Results) -> dict[str, Figure]:
         drawn.append(leads_plot)
     if arms and early_stops_reached(results.networks):
         drawn.append(early_stopping_plot)
-    if arms and results.first_layer is not None and results.first_layer.shape[2] == 28 * 28:
+    if arms and results.first_layer is not None:
         drawn.append(mask_plot)
     return {f"{plot.__name__}.png": plot(results) for plot in drawn}
 
@@ -1436,13 +1445,13 @@ def accuracy_plot(results: Results, shown: list[str]) -> Figure:
     """Test accuracy at early stop versus weights remaining. All arms have their place, those shown are drawn."""
     networks = results.networks
     arms = arms_of(networks)
+    same_mask = [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls in ("weights", "both")]
+    other_mask = [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls in ("mask", "both")]
     panels = {"": arms}
-    if len(arms) > 4:
-        panels = {words: [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls != other]
-                  for words, other in (("Same connections, other weights", "mask"), ("Other connections", "weights"))}
-        panels = {words: there for words, there in panels.items() if set(there) - set(MAIN)}
-    if shown != arms or len(panels) == 1:
-        panels = {"": next(iter(panels.values()))}
+    if len(arms) > 4 and arms not in (same_mask, other_mask):
+        panels = {"Same connections, other weights": same_mask, "Other connections": other_mask}
+        if shown != arms:                                   # of single arms, the main ones, both panels have the same
+            panels = {"": same_mask}
     size = (14, 6.4) if len(panels) > 1 else (10, 5.6)
 
     grey = shown_of(results, "means, and ranges where shaded,")
@@ -1511,8 +1520,11 @@ def supermask_plot(results: Results) -> Figure:
     axes.axhline(10, color=GREY, linestyle=":")
     arms = [arm for arm in arms_of(networks) if arm != "finetune"]              # that one has been trained
     ends = {arm: draw_arm(axes, results, arm, "start_accuracy") for arm in arms}
-    guessing = "; ".join(label(results, arm) for arm in arms if best[arm] < 20)
-    name_lines(axes, [(10, f"chance (10 %): {guessing}", GREY), *[ends[arm] for arm in arms if best[arm] >= 20]])
+    guessing = [label(results, arm) for arm in arms if best[arm] < 20]
+    chance = "chance (10 %)"
+    if guessing:
+        chance += f": {'; '.join(guessing)}"
+    name_lines(axes, [(10, chance, GREY), *[ends[arm] for arm in arms if best[arm] >= 20]])
     return figure
 
 
@@ -1547,8 +1559,9 @@ def leads_over_dense(runs: list[Results]) -> Figure:
     """The ticket's lead over the dense networks in several runs, which are named by what they do not share."""
     words = [[*run_in_words(run).split(", "), count(run.constants["TRIALS"], "trial")] for run in runs]
     shared = [word for word in words[0] if all(word in others for others in words)]
-    near = [leads(run.networks, "rewind", "dense", *levels_near(run.networks, 13.5)).mean() for run in runs]
-    title = f"Near 13.5 % of the weights, tickets lead dense networks by {min(near):+.2f} to {max(near):+.2f} points"
+    near = [leads(run.networks, "rewind", "dense", level_near(run.networks, 13.5)).mean() for run in runs]
+    where = left(runs[0], level_near(runs[0].networks, 13.5))
+    title = f"Near {where} of the weights, tickets lead dense networks by {min(near):+.2f} to {max(near):+.2f} points"
     figure, (axes,) = new_figure(title, f"{', '.join(shared)}; means and 95 % intervals", [""], (10, 5.6))
     scale_weights_remaining(axes, pd.concat([run.networks for run in runs]))
     axes.axhline(0, color=GREY, linestyle="--")
@@ -1570,7 +1583,7 @@ def learning_curves(results: Results) -> Figure:
     """Test accuracy while training, at a few levels."""
     networks = results.networks
     levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    (level,) = levels_near(networks, 21.1)
+    level = level_near(networks, 21.1)
     step, means = early_accuracies(results, level)
     title = f"At step {step}, dense networks have {means['dense']:.1f} % test accuracy"
     if "rewind" in means:
@@ -1626,7 +1639,7 @@ def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float
 def early_stopping_plot(results: Results) -> Figure:
     """Median steps of early stop, and of catching up with the dense networks, versus weights remaining."""
     last = results.records["step"].max()
-    (level,) = levels_near(results.networks, 21.1)
+    level = level_near(results.networks, 21.1)
     stops = []
     for arm, words in {"rewind": "tickets", "reinit": "re-initialised networks", "dense": "dense ones"}.items():
         if arm in results.networks.index.unique("arm"):
@@ -1824,7 +1837,7 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> None:
 def write_results(state: State, data: Dataset, own: dict, origin: str, folder: Path) -> Results:
     """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
     if not metrics_of(state.records).startswith(existing_metrics(folder)):
-        move_to_previous(folder, OUTPUTS[1:])               # of the same run, but of more levels; or another's
+        move_to_previous(folder, OUTPUTS[1:])               # metrics.csv has rows that this run's checkpoint has not
     shown = [row for row in state.records if row["level"] <= LEVELS]
     write_whole(folder / "metrics.csv", metrics_of(shown))
 
@@ -1851,8 +1864,8 @@ def read_results(folder: Path, settings: dict, below: str) -> Results:
         tickets = load_tickets(folder / "tickets.pt")
         weights = next(iter(tickets["pruned_at"].values()))
         # Another run's may lie there, where committed results were checked out again.
-        own = tickets["constants"] == settings | {"LEVELS": records["level"].max()}
-        if own and weights.ndim == 3:                       # a convolution's belong to no pixel
+        of_this_run = tickets["constants"] == settings | {"LEVELS": records["level"].max()}
+        if of_this_run and weights.shape[2:] == (28 * 28,):             # a convolution's belong to no pixel
             first_layer = weights
             image = tickets["mean_image"]
     return Results(records, measure(records), settings, below, first_layer, image)
@@ -1874,7 +1887,7 @@ def provenance(own: dict, origin: str, device: torch.device) -> str:
 def draw(results: Results, folder: Path) -> None:
     """Write summary and figures, whatever style the user has set elsewhere; figures that no longer apply go."""
     write_whole(folder / "summary.md", summary(results).encode())
-    with matplotlib.style.context(["default", STYLE], after_reset=True):
+    with matplotlib.style.context(STYLE, after_reset=True):
         figures = draw_figures(results)
         for name, figure in figures.items():
             write_whole(folder / name, png(figure))
@@ -1917,7 +1930,7 @@ def compare_runs(folders: list[str | Path], path: str | Path) -> None:
     runs = [read_folder(folder) for folder in folders]
     if not runs or any(len(levels_of(run.networks)) == 1 for run in runs):
         raise UserError("compare_runs needs one results folder or more, all of runs that have pruned.")
-    with matplotlib.style.context(["default", STYLE], after_reset=True):
+    with matplotlib.style.context(STYLE, after_reset=True):
         write_whole(beside_script(path), png(leads_over_dense(runs)))
 
 
@@ -2102,7 +2115,8 @@ CHECKS = {
 
 
 def constants() -> dict:
-    """All constants as they stand, by name, in Python's own types: 0 and 0.0 are the same, numpy's words are words."""
+    """All constants as they stand, by name, in Python's own types, such as a checkpoint holds: 0 as the float it means,
+    numpy's words as words."""
     found = {}
     for name, (kind, *_) in CHECKS.items():
         value = globals()[name]
@@ -2166,8 +2180,8 @@ def check_constants() -> None:
     for level, name in itertools.product(range(1, LEVELS + 1), rates):
         gone = round(rates[name] * there[name])
         if not 0 < gone < there[name]:
-            raise UserError(f"LEVELS={LEVELS} is too many at PRUNE_RATE={PRUNE_RATE}: at level {level}, {gone} of the "
-                            f"{there[name]} weights left in {name} would be pruned.")
+            raise UserError(f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} do not go together: at level {level}, {gone} "
+                            f"of the {there[name]} weights left in {name} would be pruned.")
         there[name] -= gone
 
 

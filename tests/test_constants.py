@@ -17,7 +17,7 @@ MODEL=LeNet  MODEL must be mlp or lenet, not 'LeNet'.
 ARMS=rewind,rewnd  ARMS must be a choice, each once, of rewind, reinit
 ARMS=reinit  ARMS must contain rewind
 REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of a training, not 1287.
-LEVELS=60  LEVELS=60 is too many at PRUNE_RATE=0.2: at level
+LEVELS=60  LEVELS=60 and PRUNE_RATE=0.2 do not go together: at level
 PRUNE_RATE=1e-6  at level 1, 0 of the 235200 weights left in fc1.weight would be pruned.
 SEED=9223372036854775808  SEED must be a whole number, 0 to 2**63 - 1, not 9223372036854775808.
 TICKETS_FROM='a\\0b'  TICKETS_FROM must be the path of a tickets.pt, or None, not 'a\\x00b'.

@@ -145,6 +145,7 @@ def test_questions_are_answered_by_kind(lth):
         lead = lead_in_words(accuracy[ahead, 7], accuracy[behind, 7])
         assert row[1:4] == [TABLE[ahead].label, TABLE[behind].label, f"{lead}: {answer}"]
         assert (row[4] == "has more weights") == (behind == "small")
+    assert np.isnan(lth.leads(run.networks, "small", "rewind", 12)).all()
     assert {row[0]: row[-1] for row in table_rows(lth.claims(run))}["Tickets match dense networks"] == "contradicted"
     assert "above -0.2)" in " ".join(lth.summary(run).split())
 
