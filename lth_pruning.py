@@ -1285,7 +1285,7 @@ def early_stops_reached(networks: pd.DataFrame) -> bool:
 
 HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
 
-- *Rewind* is the winning ticket: the surviving connections with their original initial weights. *Reinit* has the same
+- *Rewind* is the ticket: the surviving connections with their original initial weights. *Reinit* has the same
   connections with a fresh draw of weights.
 - Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Where this comes
   in the last 5 % of the training, or at one of its last two evaluations, its step counts as not reached.

@@ -128,7 +128,7 @@ def test_what_came_out_of_each_recipe(said, folder):
         outcome = "two trials decide nothing"
     elif "transfer" in lth_pruning.arms_of(networks):
         assert answer(networks, "transfer", 7).endswith(", no")
-        outcome = "they do not carry over"
+        outcome = "little carries over"
     else:
         down_to, _ = lth_pruning.matches_in_words(results, "rewind")
         outcome = f"tickets match {down_to.removesuffix(' of the weights')}"
