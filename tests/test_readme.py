@@ -58,9 +58,9 @@ def cell(networks: pd.DataFrame, head: str, level: int) -> str:
     if words.endswith(", step"):
         steps = lth_pruning.values(networks, "stop_step", words.removesuffix(", step"), level)
         return lth_pruning.median_step(steps)
-    if words.endswith(" untrained"):
-        return lth_pruning.mean_accuracy(networks, "start_accuracy", words.removesuffix(" untrained"), level)
-    return lth_pruning.mean_accuracy(networks, "stop_accuracy", words, level)
+    for ending, column in ((" untrained", "start_accuracy"), (" at the end", "final_accuracy"), ("", "stop_accuracy")):
+        if words.endswith(ending):
+            return lth_pruning.mean_accuracy(networks, column, words.removesuffix(ending), level)
 
 
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
