@@ -1192,10 +1192,12 @@ def verdict(results: Results) -> list[str]:
 
     level = level_near(networks, 21.1)
     where = f"With {left(results, level)} of the weights"
-    if "reinit" in arms:
-        lead = points(leads(networks, "rewind", "reinit", level))
-        sentences.append(f"{where}, the ticket's lead over networks {label(results, 'reinit')} is {lead} points.")
-    if len(arms) > 2 and len(dense) >= 3:
+    rivals = {"dense": "dense networks", "reinit": "re-initialised ones",
+              "transfer": f"those with a {label(results, 'transfer')}"}
+    lead_over = [f"{points(leads(networks, 'rewind', arm, level))} over {words}"
+                 for arm, words in rivals.items() if arm in ("dense", *arms)]
+    sentences.append(f"{where}, the ticket's lead in points is {', '.join(lead_over)}.")
+    if len(arms) > 3 and len(dense) >= 3:
         ahead_of = f"{len(beaten(networks, level))} of {len(arms) - 1}"
         sentences.append(f"{where}, the ticket is ahead of {ahead_of} other arms.")
     start = mean_accuracy(networks, "start_accuracy", "rewind", level)
@@ -1247,9 +1249,10 @@ def answers(results: Results) -> str:
     networks = results.networks
     levels = levels_near(networks, 21.1, 7.0, 3.6)
     asked = {level: questions(arms_of(networks), remaining(networks, level)) for level in levels}
+    names = {arm: f"{label(results, arm)} (`{arm}`)" for arm in arms_of(networks)}
     table = pd.DataFrame({"question": [comparison.claim for comparison in asked[levels[0]]],
-                          "lead of": [label(results, comparison.ahead) for comparison in asked[levels[0]]],
-                          "over": [label(results, comparison.behind) for comparison in asked[levels[0]]]})
+                          "lead of": [names[comparison.ahead] for comparison in asked[levels[0]]],
+                          "over": [names[comparison.behind] for comparison in asked[levels[0]]]})
     for level in levels:
         table[f"at {left(results, level)}"] = [
             why_untested(networks, comparison) or ": ".join(compare(networks, comparison))
@@ -1287,15 +1290,17 @@ HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
 
 - *Rewind* is the ticket: the surviving connections with their original initial weights. *Reinit* has the same
   connections with a fresh draw of weights.
-- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Where this comes
-  in the last 5 % of the training, or at one of its last two evaluations, its step counts as not reached.
+- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; "end" is after
+  the last step. Steps are medians. If the lowest loss comes in the last 5 % of the training, or at one of the last two
+  evaluations, the step of early stop counts as not reached. A network *catches up* at its first evaluation with the
+  validation accuracy that its trial's dense network ends at.
 - Differences are taken within each trial, in points: their mean ± half of its 95 % interval (Student's t). Intervals
   hold for one test set and one validation split, and each level by itself.
 - An arm *matches* the dense networks where the whole interval lies above -{MATCHING_MARGIN} points; else it is *below*
   them where the whole of it lies under 0. "Down to" names the sparsest level that matches, "from ... on" the first of
   those that are all below; single levels between may be anything.
 - A claim is *borne out*, a question answered *yes*, where the whole interval lies above 0 (for "match", "enough",
-  "carry over" and "lose nothing": above -{MATCHING_MARGIN}); *contradicted*, or *no*, where the whole of it lies below.
+  "carry over" and "lose nothing": above -{MATCHING_MARGIN}); *contradicted*, or *no*, where all of it is below that.
   On steps an exact sign test decides (one-sided, 5 %). All else is *undecided*. It is the direction that is tested, not
   the size. "Beat" means more accurate; the paper's figures are for LeNet-300-100 on MNIST, by its own protocol.
 """
@@ -1485,13 +1490,15 @@ def accuracy_title(results: Results, shown: list[str]) -> str:
         return title
 
     down_to, below = matches_in_words(results, second)
+    who = "re-initialised ones"
+    are = "are"
     if second == "transfer":
-        title += f", a {label(results, 'transfer')} {down_to.removesuffix(' of the weights')}"
-    elif below:
-        title += f"; re-initialised ones are below from {below} on"
-    else:
-        title += f", re-initialised ones {down_to}"
-    return title
+        title = title.removesuffix(" of the weights")
+        who = f"a {label(results, 'transfer')}"
+        are = "is"
+    if below:
+        return f"{title}; {who} {are} below from {below} on"
+    return f"{title}, {who} {down_to}"
 
 
 def comparison_plot(results: Results) -> Figure:
@@ -1548,7 +1555,7 @@ def leads_plot(results: Results) -> Figure:
             mean, half = interval(leads(networks, "rewind", arm, level))
             look = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
             axes.errorbar(mean, place, xerr=half, capsize=6, **look)               # a narrow interval shows, too
-        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead of the ticket (points)")
+        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead in test accuracy (points)")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
     row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
@@ -1561,7 +1568,7 @@ def leads_over_dense(runs: list[Results]) -> Figure:
     shared = [word for word in words[0] if all(word in others for others in words)]
     near = [leads(run.networks, "rewind", "dense", level_near(run.networks, 13.5)).mean() for run in runs]
     where = left(runs[0], level_near(runs[0].networks, 13.5))
-    title = f"Near {where} of the weights, tickets lead dense networks by {min(near):+.2f} to {max(near):+.2f} points"
+    title = f"Near {where} of the weights, tickets' mean lead is {min(near):+.2f} to {max(near):+.2f} points, by run"
     figure, (axes,) = new_figure(title, f"{', '.join(shared)}; means and 95 % intervals", [""], (10, 5.6))
     scale_weights_remaining(axes, pd.concat([run.networks for run in runs]))
     axes.axhline(0, color=GREY, linestyle="--")
@@ -1574,7 +1581,7 @@ def leads_over_dense(runs: list[Results]) -> Figure:
         intervals = np.array([interval(leads(networks, "rewind", "dense", level)) for level in levels])
         axes.errorbar(percents, intervals[:, 0], intervals[:, 1], color=colour, marker="os^DvX"[n % 6], capsize=3)
         names.append((intervals[-1, 0], ", ".join(word for word in words[n] if word not in shared), colour))
-    axes.set(ylim=axes.get_ylim(), ylabel="lead in test accuracy (points)")
+    axes.set(ylim=axes.get_ylim(), ylabel="lead over dense networks (points)")
     name_lines(axes, names)
     return figure
 
@@ -1647,7 +1654,7 @@ def early_stopping_plot(results: Results) -> Figure:
             stops.append(f"in {words} at step {step}".replace("at step not reached", "not before the end"))
     title = f"With {left(results, level)} of the weights, validation loss is lowest {', '.join(stops)}"
     panels = {"stop_step": "Step of the lowest validation loss",
-              "catch_up_step": "Step at the dense network's final validation accuracy"}
+              "catch_up_step": "First step at the dense network's final validation accuracy"}
     figure, row = new_figure(title, shown_of(results, "medians"), list(panels.values()), (14, 6))
     for axes, column in zip(row, panels, strict=True):
         scale_weights_remaining(axes, results.networks)
@@ -1666,17 +1673,17 @@ def mask_plot(results: Results) -> Figure:
     shares = [masks_at({"first": results.first_layer}, level)["first"].mean((0, 1)) for level in levels]
     bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
     held = 100 * shares[-1][bright].sum() / shares[-1].sum()
-    title = f"With {panels[-1]}, {held:.0f} % of the first layer's are at the brightest quarter of the pixels"
+    title = f"With {panels[-1]}, the brightest quarter of the pixels has {held:.0f} % of the first layer's connections"
     panels = ["mean training image", *panels]
     figure, row = new_figure(title, shown_of(results, "means"), panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
-    row[0].imshow(results.image.numpy(), cmap="gray_r")
+    row[0].imshow(results.image.numpy(), cmap="gray")
     for axes, share in zip(row[1:], shares, strict=True):
         relative = (share / share.mean()).clip(0.5, 2).view(28, 28).numpy()
         picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
     for axes in row:
         axes.set_axis_off()
-    bar = figure.colorbar(picture, ax=row[-1], label="connections left")
-    bar.set_ticks([0.5, 1, 2], labels=["half\nor less", "mean\npixel", "twice\nor more"])
+    bar = figure.colorbar(picture, ax=row[-1], label="connections kept")
+    bar.set_ticks([0.5, 1, 2], labels=["half\nor less", "average", "twice\nor more"])
     bar.minorticks_off()
     return figure
 

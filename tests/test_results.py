@@ -143,7 +143,7 @@ def test_questions_are_answered_by_kind(lth):
     for row, (pair, answer) in zip(table_rows(lth.answers(run))[1:], ours.items(), strict=True):
         ahead, behind = pair.split()
         lead = lead_in_words(accuracy[ahead, 7], accuracy[behind, 7])
-        assert row[1:4] == [TABLE[ahead].label, TABLE[behind].label, f"{lead}: {answer}"]
+        assert row[1:4] == [*[f"{TABLE[arm].label} (`{arm}`)" for arm in (ahead, behind)], f"{lead}: {answer}"]
         assert (row[4] == "has more weights") == (behind == "small")
     assert np.isnan(lth.leads(run.networks, "small", "rewind", 12)).all()
     assert {row[0]: row[-1] for row in table_rows(lth.claims(run))}["Tickets match dense networks"] == "contradicted"
@@ -158,15 +158,15 @@ def test_summary_says_what_the_records_say(lth):
     assert {name: ast.literal_eval(value) for name, value in pairs} == run.constants and provenance == run.provenance
     stop, accuracy = early_stops(run)["step"], early_stops(run)["test_accuracy"]
     head, *rows = table_rows(text.split("## Level by level")[1])
-    assert len(rows) == 16
-    for level, row in enumerate(rows, 1):
-        expected = {"weights remaining": f"{LEFT[level]:.1f} %", "rewind, masked only, %": f"{10 + 2 * level:.2f}",
+    for level, row in zip(range(1, 17), rows, strict=True):
+        cells = {"weights remaining": f"{LEFT[level]:.1f} %", "rewind, masked only, %": f"{10 + 2 * level:.2f}",
                     "rewind - reinit": lead_in_words(accuracy["rewind", level], accuracy["reinit", level])}
         for arm in ALL[:2]:
-            expected[f"{arm}, %"] = f"{accuracy[arm, level].mean():.2f}"
-            expected[f"{arm}, step"] = f"{stop[arm, level].median():.0f}"
-            expected[f"{arm} - dense"] = lead_in_words(accuracy[arm, level], accuracy["dense", 0])
-        assert {name: cell.split(", ")[0] for name, cell in zip(head, row, strict=True)} == expected
+            cells[f"{arm}, %"] = f"{accuracy[arm, level].mean():.2f}"
+            cells[f"{arm}, step"] = f"{stop[arm, level].median():.0f}"
+            cells[f"{arm} - dense"] = lead_in_words(accuracy[arm, level], accuracy["dense", 0])
+        assert {name: cell.split(", ")[0] for name, cell in zip(head, row, strict=True)} == cells
+        assert (level == 7) == (f"{cells['rewind - dense']} over dense networks, {cells['rewind - reinit']} " in text)
     seen = re.sub(r"\n  ", " ", lth.summary(run))                  # an item of a list is a line
     assert sum(part.count("\n") + 1 if part[0] in "|-`" else 1 for part in seen.split("\n\n")) <= 70
 
