@@ -1198,16 +1198,19 @@ def verdict(results: Results) -> list[str]:
                  for arm, words in rivals.items() if arm in ("dense", *arms)]
     sentences.append(f"{where}, the ticket's lead in points is {', '.join(lead_over)}.")
     if len(arms) > 3 and len(dense) >= 3:
-        ahead_of = f"{len(beaten(networks, level))} of {len(arms) - 1}"
-        sentences.append(f"{where}, the ticket is ahead of {ahead_of} other arms.")
+        sentences.append(f"{where}, the ticket is ahead of {beaten(networks, level)}.")
     start = mean_accuracy(networks, "start_accuracy", "rewind", level)
     sentences.append(f"{where}, {untrained(results)}, masked only, have {start} % test accuracy.")
     return sentences
 
 
-def beaten(networks: pd.DataFrame, level: int) -> list[str]:
-    """The arms that the ticket is ahead of."""
-    return [arm for arm in arms_of(networks)[1:] if decide(leads(networks, "rewind", arm, level)) == "yes"]
+def beaten(networks: pd.DataFrame, level: int) -> str:
+    """How many arms the ticket is ahead of."""
+    others = arms_of(networks)[1:]
+    ahead_of = [arm for arm in others if decide(leads(networks, "rewind", arm, level)) == "yes"]
+    if ahead_of == others:
+        return "all other arms"
+    return f"{len(ahead_of)} of {len(others)} other arms"
 
 
 def untrained(results: Results) -> str:
@@ -1542,7 +1545,7 @@ def leads_plot(results: Results) -> Figure:
     panels = [f"{left(results, level)} of the weights" for level in levels]
     arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
     behind = [f'"{label(results, arm)}"' for arm in arms if decide(leads(networks, arm, "rewind", levels[0])) == "yes"]
-    title = f"With {panels[0]}, the ticket is ahead of {len(beaten(networks, levels[0]))} of {len(arms)} other arms"
+    title = f"With {panels[0]}, the ticket is ahead of {beaten(networks, levels[0])}"
     if len(behind) in (1, 2):
         title += f", behind {' and '.join(behind)}"
     if results.constants["TRIALS"] < 3:
