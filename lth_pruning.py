@@ -1550,7 +1550,7 @@ def leads_plot(results: Results) -> Figure:
         title += f", behind {' and '.join(behind)}"
     if results.constants["TRIALS"] < 3:
         title = "The ticket's lead over other arms: too few trials to tell"
-    figure, row = new_figure(title, shown_of(results, "paired differences: means and 95 % intervals"), panels,
+    figure, row = new_figure(title, shown_of(results, "differences in test accuracy: means and 95 % intervals"), panels,
                              (14, 2.8 + 0.42 * len(arms)))
     for axes, level in zip(row, levels, strict=True):
         axes.axvline(0, color=GREY, linestyle="--")
@@ -1558,7 +1558,7 @@ def leads_plot(results: Results) -> Figure:
             mean, half = interval(leads(networks, "rewind", arm, level))
             look = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
             axes.errorbar(mean, place, xerr=half, capsize=6, **look)               # a narrow interval shows, too
-        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead in test accuracy (points)")
+        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead of the ticket (points)")
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
     row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
