@@ -32,7 +32,7 @@ def sum_of(weights: dict[int, lth.Weights]) -> str:
 
 def pack(checkpoint: Path, packed: Path) -> None:
     """Write the packed file. Only for runs that rewind to step 0."""
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = lth.read_saved(checkpoint)
     assert saved["identity"]["REWIND_STEP"] == 0
     state = saved["state"]
     state["theta_k"] = {-1: sum_of(state["theta_k"])}
@@ -40,11 +40,12 @@ def pack(checkpoint: Path, packed: Path) -> None:
         state["dense"] = {}
     whole = io.BytesIO()
     torch.save(saved, whole)
-    packed.write_bytes(lzma.compress(whole.getvalue(), preset=9))
+    lth.write_whole(packed, lzma.compress(whole.getvalue(), preset=9))
 
 
 def unpack(packed: Path, checkpoint: Path) -> None:
-    """Write the checkpoint."""
+    """Write the checkpoint, where there is none yet."""
+    assert not checkpoint.exists(), f"{checkpoint} is there already"
     saved = torch.load(io.BytesIO(lzma.decompress(packed.read_bytes())), weights_only=True)
     for name in lth.CHECKS.keys() & saved["identity"].keys():
         setattr(lth, name, saved["identity"][name])
@@ -54,7 +55,7 @@ def unpack(packed: Path, checkpoint: Path) -> None:
     state["theta_k"] = theta0
     state["dense"] = state["dense"] or theta0               # without oneshot, no arm looks at them
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(saved, checkpoint)
+    lth.write_whole(checkpoint, saved)
     print(f"{checkpoint}: level {state['level']}, torch {saved['identity']['torch']}")
 
 

@@ -160,7 +160,7 @@ def test_summary_says_what_the_records_say(lth):
     head, *rows = table_rows(text.split("## Level by level")[1])
     for level, row in zip(range(1, 17), rows, strict=True):
         cells = {"weights remaining": f"{LEFT[level]:.1f} %", "rewind, masked only, %": f"{10 + 2 * level:.2f}",
-                    "rewind - reinit": lead_in_words(accuracy["rewind", level], accuracy["reinit", level])}
+                 "rewind - reinit": lead_in_words(accuracy["rewind", level], accuracy["reinit", level])}
         for arm in ALL[:2]:
             cells[f"{arm}, %"] = f"{accuracy[arm, level].mean():.2f}"
             cells[f"{arm}, step"] = f"{stop[arm, level].median():.0f}"
