@@ -37,9 +37,9 @@ def run(folders: str) -> lth_pruning.Results:
     return lth_pruning.Results(None, networks.sort_index(), {}, "", None, None)
 
 
-def lead(networks: pd.DataFrame, ahead: str, behind: str, level: int) -> str:
-    """One arm's lead over another, in words."""
-    return lth_pruning.points(lth_pruning.leads(networks, ahead, behind, level))
+def lead(networks: pd.DataFrame, *compared: str | int) -> str:
+    """One arm's lead over another at a level, in words."""
+    return lth_pruning.points(lth_pruning.leads(networks, *compared))
 
 
 def level_of(networks: pd.DataFrame, words: str) -> int:
@@ -53,14 +53,14 @@ def level_of(networks: pd.DataFrame, words: str) -> int:
 def cell(networks: pd.DataFrame, head: str, level: int) -> str:
     """What a column's head asks for at a level."""
     words = head.removesuffix(", points").removesuffix(", %")
-    if " - " in words:
-        return lead(networks, *words.split(" - "), level) if level > 0 else ""
     if words.endswith(", step"):
-        steps = lth_pruning.values(networks, "stop_step", words.removesuffix(", step"), level)
-        return lth_pruning.median_step(steps)
-    for ending, column in ((" untrained", "start_accuracy"), (" at the end", "final_accuracy"), ("", "stop_accuracy")):
-        if words.endswith(ending):
-            return lth_pruning.mean_accuracy(networks, column, words.removesuffix(ending), level)
+        return lth_pruning.median_step(lth_pruning.values(networks, "stop_step", words.removesuffix(", step"), level))
+    endings = {" untrained": "start_accuracy", " at the end": "final_accuracy", "": "stop_accuracy"}
+    ending = next(ending for ending in endings if words.endswith(ending))
+    arms = words.removesuffix(ending).split(" - ")
+    if len(arms) > 1:
+        return lead(networks, *arms, level, endings[ending]) if level > 0 else ""
+    return lth_pruning.mean_accuracy(networks, endings[ending], *arms, level)
 
 
 def answer(networks: pd.DataFrame, arm: str, level: int) -> str:
