@@ -1104,6 +1104,7 @@ def as_rewound(results: Results, text: str) -> str:
     if step > 0:
         text = re.sub("original (initial )?weights", f"weights of step {step}", text)
         text = text.replace("original values", f"values of step {step}")
+        text = text.replace("untrained tickets", f"tickets at step {step}")
     return text
 
 
@@ -1200,7 +1201,7 @@ def verdict(results: Results) -> list[str]:
     if len(arms) > 3 and len(dense) >= 3:
         sentences.append(f"{where}, the ticket is ahead of {beaten(networks, level)}.")
     start = mean_accuracy(networks, "start_accuracy", "rewind", level)
-    sentences.append(f"{where}, {untrained(results)}, masked only, have {start} % test accuracy.")
+    sentences.append(as_rewound(results, f"{where}, untrained tickets, masked only, have {start} % test accuracy."))
     return sentences
 
 
@@ -1211,12 +1212,6 @@ def beaten(networks: pd.DataFrame, level: int) -> str:
     if ahead_of == others:
         return "all other arms"
     return f"{len(ahead_of)} of {len(others)} other arms"
-
-
-def untrained(results: Results) -> str:
-    """What tickets are called that have taken no step since they were masked."""
-    step = results.constants["REWIND_STEP"]
-    return f"tickets at step {step}" if step > 0 else "untrained tickets"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -1250,16 +1245,14 @@ def claims(results: Results) -> str:
 def answers(results: Results) -> str:
     """A table of the questions to the other arms, answered at a few levels."""
     networks = results.networks
-    levels = levels_near(networks, 21.1, 7.0, 3.6)
-    asked = {level: questions(arms_of(networks), remaining(networks, level)) for level in levels}
-    names = {arm: f"{label(results, arm)} (`{arm}`)" for arm in arms_of(networks)}
-    table = pd.DataFrame({"question": [comparison.claim for comparison in asked[levels[0]]],
-                          "lead of": [names[comparison.ahead] for comparison in asked[levels[0]]],
-                          "over": [names[comparison.behind] for comparison in asked[levels[0]]]})
-    for level in levels:
+    arms = arms_of(networks)
+    names = {arm: f"{label(results, arm)} (`{arm}`)" for arm in arms}
+    table = pd.DataFrame([[asked.claim, names[asked.ahead], names[asked.behind]] for asked in questions(arms, 21.1)],
+                         columns=["question", "lead of", "over"])
+    for level in levels_near(networks, 21.1, 7.0, 3.6):
         table[f"at {left(results, level)}"] = [
-            why_untested(networks, comparison) or ": ".join(compare(networks, comparison))
-            for comparison in asked[level]]
+            why_untested(networks, asked) or ": ".join(compare(networks, asked))
+            for asked in questions(arms, remaining(networks, level))]
     return markdown(table)
 
 
@@ -1523,7 +1516,7 @@ def supermask_plot(results: Results) -> Figure:
     """Test accuracy before an arm's first step: what its mask and its weights are good for without training."""
     networks = results.networks
     best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
-    title = f"{untrained(results).capitalize()} have up to {best['rewind']:.1f} % test accuracy"
+    title = as_rewound(results, "untrained tickets").capitalize() + f" have up to {best['rewind']:.1f} % test accuracy"
     figure, (axes,) = new_figure(title, shown_of(results, "means, and ranges where shaded,"), [""], (10, 5.6))
     scale_weights_remaining(axes, networks)
     axes.set(ylim=(0, 100), ylabel="test accuracy when masked only (%)")
@@ -1566,9 +1559,14 @@ def leads_plot(results: Results) -> Figure:
 
 
 def leads_over_dense(runs: list[Results]) -> Figure:
-    """The ticket's lead over the dense networks in several runs, which are named by what they do not share."""
+    """The ticket's lead over the dense networks in several runs, which are named by what they do not share, or where
+    that tells them not apart by their folders."""
     words = [[*run_in_words(run).split(", "), count(run.constants["TRIALS"], "trial")] for run in runs]
     shared = [word for word in words[0] if all(word in others for others in words)]
+    names = [", ".join(word for word in own if word not in shared) for own in words]
+    if "" in names or len(set(names)) < len(runs):
+        names = [run.constants["RESULTS_DIR"] for run in runs]
+
     near = [leads(run.networks, "rewind", "dense", level_near(run.networks, 13.5)).mean() for run in runs]
     where = left(runs[0], level_near(runs[0].networks, 13.5))
     title = f"Near {where} of the weights, tickets' mean lead is {min(near):+.2f} to {max(near):+.2f} points, by run"
@@ -1576,16 +1574,16 @@ def leads_over_dense(runs: list[Results]) -> Figure:
     scale_weights_remaining(axes, pd.concat([run.networks for run in runs]))
     axes.axhline(0, color=GREY, linestyle="--")
 
-    names = []
+    ends = []
     for n, colour in enumerate(sns.color_palette("crest", len(runs))):
         networks = runs[n].networks
         levels = levels_of(networks)[1:]
         percents = [remaining(networks, level) * 1.02**n for level in levels]           # side by side
         intervals = np.array([interval(leads(networks, "rewind", "dense", level)) for level in levels])
         axes.errorbar(percents, intervals[:, 0], intervals[:, 1], color=colour, marker="os^DvX"[n % 6], capsize=3)
-        names.append((intervals[-1, 0], ", ".join(word for word in words[n] if word not in shared), colour))
+        ends.append((intervals[-1, 0], names[n], colour))
     axes.set(ylim=axes.get_ylim(), ylabel="lead over dense networks (points)")
-    name_lines(axes, names)
+    name_lines(axes, ends)
     return figure
 
 
@@ -1593,11 +1591,11 @@ def learning_curves(results: Results) -> Figure:
     """Test accuracy while training, at a few levels."""
     networks = results.networks
     levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    level = level_near(networks, 21.1)
-    step, means = early_accuracies(results, level)
+    title_level = level_near(networks, 21.1)
+    step, means = early_accuracies(results, title_level)
     title = f"At step {step}, dense networks have {means['dense']:.1f} % test accuracy"
     if "rewind" in means:
-        title += f", tickets with {left(results, level)} of the weights {means['rewind']:.1f} %"
+        title += f", tickets with {left(results, title_level)} of the weights {means['rewind']:.1f} %"
     if "reinit" in means:
         title += f", re-initialised ones {means['reinit']:.1f} %"
     figure, row = new_figure(title, shown_of(results, "means, and ranges where shaded,"),
@@ -1695,7 +1693,7 @@ def mask_plot(results: Results) -> Figure:
 
 FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
            "leads_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png")
-OUTPUTS = ("checkpoint.pt", "metrics.csv", "tickets.pt", "summary.md", *FIGURES)
+RESULTS = ("metrics.csv", "tickets.pt", "summary.md", *FIGURES)
 
 # The version of what computes, taken when the module is loaded: the file may be edited while it runs. The constants
 # are no part of it; they are compared one by one.
@@ -1818,7 +1816,7 @@ def save_state(state: State, folder: Path, own: dict) -> None:
     if found != own and state.level == 0:
         same_numbers = existing_metrics(folder).startswith(metrics_of(state.records))
         if existed or not same_numbers:
-            move_to_previous(folder, OUTPUTS)
+            move_to_previous(folder, ["checkpoint.pt", *RESULTS])
     write_whole(path, {"identity": own, "state": vars(state)})
 
 
@@ -1847,7 +1845,7 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> None:
 def write_results(state: State, data: Dataset, own: dict, origin: str, folder: Path) -> Results:
     """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
     if not metrics_of(state.records).startswith(existing_metrics(folder)):
-        move_to_previous(folder, OUTPUTS[1:])               # metrics.csv has rows that this run's checkpoint has not
+        move_to_previous(folder, RESULTS)                   # metrics.csv has rows that this run's checkpoint has not
     shown = [row for row in state.records if row["level"] <= LEVELS]
     write_whole(folder / "metrics.csv", metrics_of(shown))
 
