@@ -1559,8 +1559,8 @@ def leads_plot(results: Results) -> Figure:
 
 
 def leads_over_dense(runs: list[Results]) -> Figure:
-    """The ticket's lead over the dense networks in several runs, which are named by what they do not share, or where
-    that tells them not apart by their folders."""
+    """The ticket's lead over the dense networks in several runs. They are named by what they do not share, or by their
+    folders where that would leave one without a name or two with the same."""
     words = [[*run_in_words(run).split(", "), count(run.constants["TRIALS"], "trial")] for run in runs]
     shared = [word for word in words[0] if all(word in others for others in words)]
     names = [", ".join(word for word in own if word not in shared) for own in words]
@@ -1693,7 +1693,7 @@ def mask_plot(results: Results) -> Figure:
 
 FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
            "leads_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png")
-RESULTS = ("metrics.csv", "tickets.pt", "summary.md", *FIGURES)
+RESULT_FILES = ("metrics.csv", "tickets.pt", "summary.md", *FIGURES)
 
 # The version of what computes, taken when the module is loaded: the file may be edited while it runs. The constants
 # are no part of it; they are compared one by one.
@@ -1816,7 +1816,7 @@ def save_state(state: State, folder: Path, own: dict) -> None:
     if found != own and state.level == 0:
         same_numbers = existing_metrics(folder).startswith(metrics_of(state.records))
         if existed or not same_numbers:
-            move_to_previous(folder, ["checkpoint.pt", *RESULTS])
+            move_to_previous(folder, ["checkpoint.pt", *RESULT_FILES])
     write_whole(path, {"identity": own, "state": vars(state)})
 
 
@@ -1845,7 +1845,7 @@ def move_to_previous(folder: Path, names: Iterable[str]) -> None:
 def write_results(state: State, data: Dataset, own: dict, origin: str, folder: Path) -> Results:
     """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
     if not metrics_of(state.records).startswith(existing_metrics(folder)):
-        move_to_previous(folder, RESULTS)                   # metrics.csv has rows that this run's checkpoint has not
+        move_to_previous(folder, RESULT_FILES)              # metrics.csv has rows that this run's checkpoint has not
     shown = [row for row in state.records if row["level"] <= LEVELS]
     write_whole(folder / "metrics.csv", metrics_of(shown))
 
