@@ -38,7 +38,9 @@ def process_of_rank(rank: int, folder: Path) -> int:
 def alone(tmp_path_factory):
     """The results of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run_here(lth_pruning, folder, *ARGUMENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lth_pruning, "draw_figures", lambda results: {})
+        run_here(lth_pruning, folder, *ARGUMENTS)
     return folder
 
 
@@ -65,6 +67,7 @@ def test_three_whose_first_one_fails_have_its_sentence_not_buried_and_one_goes_o
     assert "File too large" in sentence and "Finished levels are kept" in sentence
     assert not any(word in errors for word in ("RuntimeError", "gloo", "onnection", 'lth_pruning.py", line'))
     assert set(read_metrics(tmp_path)["level"]) == {0}
+    lth.use(draw_figures=lambda results: {})
     run_here(lth, tmp_path, *ARGUMENTS)
     assert "going on after level 0 of 1" in capsys.readouterr().out
     check_same_results(tmp_path, alone)
