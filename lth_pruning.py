@@ -1,18 +1,17 @@
 """The Lottery Ticket Hypothesis on MNIST (Frankle & Carbin 2019, arXiv:1803.03635).
 
 When a trained network is pruned, was it the surviving connections, or their original initial weights, that made
-training work? Train dense networks, remove the smallest weights round after round, and start the survivors again:
-from their original initial weights ("rewind"), or from fresh random ones on the very same connections ("reinit").
+training work? Iterative magnitude pruning: train dense networks, remove the smallest-magnitude weights round after
+round, and train the survivors again, from their original initial weights ("rewind") or from fresh random ones on the
+very same connections ("reinit").
 
-    python lth_pruning.py                                      the defaults: six or seven minutes on two CPU cores
+    python lth_pruning.py                                      the defaults: @MINUTES@ minutes on two CPU cores
     python lth_pruning.py TRIALS=2 LEVELS=4 PRUNE_RATE=0.5     any constant below can be set for one run
 
-Out come figures, metrics.csv, summary.md and tickets.pt in results/. The same command again goes on after the last
-finished level; when none is left, it only draws again.
+Writes figures, metrics.csv, networks.csv, summary.md and tickets.pt to results/. Rerun the same command to resume; a
+finished run is only redrawn.
 
-Measured with the defaults over 5 trials, test accuracy at early stop: dense networks 97.35 %, rewound tickets 98.08 %
-with 21.1 % of the weights and 97.51 % with 3.6 %, re-initialised ones 96.81 % and 94.72 %. A ticket that has not been
-trained at all, original weights merely masked, reaches 92.08 % with 21.1 %.
+Measured with the defaults, 5 trials, test accuracy at early stop: @HEADLINE@
 """
 
 # /// script
@@ -21,16 +20,17 @@ trained at all, original weights merely masked, reaches 92.08 % with 21.1 %.
 #                 "tqdm>=4.66"]
 # ///
 
+from __future__ import annotations
+
 import os
 import sys
 
-# Housekeeping, before PyTorch is loaded; the experiment begins below, with its constants. Threads spin while they wait
-# for each other: limited so, two runs at once on two cores take 1.6 times as long as one, not four times. Large memory
-# pages save some 5 %.
+# Before PyTorch is loaded: threads spin while they wait for each other, and with a short spin count, two concurrent
+# runs on two cores each take 1.6 times as long as one alone, instead of 4 times. Large memory pages save some 5 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if __name__ == "__main__" and "IPython" not in sys.modules:
-    os.environ.pop("MPLBACKEND", None)          # a notebook's, which may not be installed: this program draws to files
+    os.environ.pop("MPLBACKEND", None)          # inherited from a notebook, possibly not installed
 
 import ast
 import contextlib
@@ -39,14 +39,17 @@ import difflib
 import hashlib
 import io
 import itertools
+import json
 import math
+import pickle
 import re
 import signal
 import socket
 import tempfile
 import textwrap
-import threading
-import uuid
+import time
+import typing
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +65,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from scipy import stats
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from tqdm import tqdm
@@ -73,92 +77,97 @@ from tqdm import tqdm
 
 # What is trained, and on what
 DATASET: str = "MNIST"                # or "FashionMNIST": 28x28 grey images of 10 classes
-PIXELS: str = "standardised"          # mean 0, deviation 1; or "unit_interval", 0 to 1; or "unit_length", each image by
-                                      # its own norm, the scale of the pixels in the paper's code
+PIXELS: str = "standardised"          # mean 0, standard deviation 1; or "unit_interval", 0 to 1; or "unit_length", each
+                                      # image divided by its L2 norm, as in the paper's code
 MODEL: str = "mlp"                    # 784-300-100-10 (LeNet-300-100); or "lenet" (LeNet-5)
-INIT: str = "kaiming_normal"          # or "xavier_normal", Glorot's, which the paper uses; biases start at zero
+INIT: str = "kaiming_normal"          # or "xavier_normal", Glorot's, as in the paper; biases start at zero
 DROPOUT: float = 0.2                  # after each hidden fully connected layer; 0 switches it off
 
 # The experiment
-ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; all of them stand in ARM_TABLE
+ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; see ARM_TABLE
 TRIALS: int = 5                       # initialisations, each with its own data order and dropout
 LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
-PRUNE_RATE: float = 0.2               # of a layer's surviving weights, per level; half in convolutions and the output
-PRUNE_SCOPE: str = "layer"            # smallest weights layer by layer; or "global", over all layers at one rate
+PRUNE_RATE: float = 0.2               # share of a layer's surviving weights pruned per level; half of it in
+                                      # convolutions and the output layer
+PRUNE_SCOPE: str = "layer"            # compare magnitudes within each layer; or "global", over all layers at one rate
 REWIND_STEP: int = 0                  # rewind to the weights after this many steps, and train the remaining ones
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
 SEED: int = 42                        # one seed, one result
 
-# Training: the same for every network, dense or pruned. (The paper: Adam and Glorot's weights, batches of 60 for 50,000
-# steps, neither dropout nor clipping.)
+# Training: the same for every network, dense or pruned. (The paper: Adam, Glorot's weights, batches of 60 for 50,000
+# steps, neither dropout nor gradient clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
-EPOCHS: int = 3                       # short: most networks would still improve, so learning faster is part of a lead
+EPOCHS: int = 3                       # short: most networks would still improve, so part of any lead is learning speed
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
-WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled decay; 0 makes it Adam
-CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no clipping
-EVAL_EVERY: int = 200                 # steps between evaluations; others stand in `evaluation_steps`
+SCHEDULE: str = "constant"            # or "linear": the learning rate falls to zero by the last step
+WEIGHT_DECAY: float = 1e-2            # AdamW's decoupled weight decay; 0 makes it Adam
+CLIP_NORM: float | None = 1.0         # largest gradient norm of a network; None: no gradient clipping
+EVAL_EVERY: int = 200                 # steps between evaluations, plus the early steps in `evaluation_steps`
 
-# Where
-DATA_DIR: str = "data"                # relative paths start beside this script
+# Where it runs
+DATA_DIR: str = "data"                # a relative path is relative to this script's folder
 RESULTS_DIR: str = "results"
-DEVICE: str = "auto"                  # cuda where there is one, else cpu; "mps" is taken only when asked for
+DEVICE: str = "auto"                  # a GPU (cuda) if there is one, else cpu
+STACK_SIZE: int | None = None         # networks trained at once: changes speed and memory, not the results; None: 20 on
+                                      # a CPU, 200 on a GPU
 
-# How results are judged: no argument, since it is no part of a run
-MATCHING_MARGIN = 0.2                 # points below the dense networks that still count as matching: our choice
+# The non-inferiority margin, in percentage points: up to this much below dense networks still counts as matching them.
+# It cannot be set per run: it does not affect training.
+MATCHING_MARGIN = 0.2
 
 Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
 Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned
-Levels = dict[str, Tensor]            # the level at which each of them was pruned; 0: at none, it remains
-Stack = dict[str, Tensor]             # weights or masks of many networks, with a leading nets dimension: of two arms of
-                                      # five trials, "fc1.weight" is (10, 300, 784)
-Network = tuple[str, int]             # which one it is: arm and trial
+Levels = dict[str, Tensor]            # the level at which each of them was pruned; 0: never pruned
+Stack = dict[str, Tensor]             # weights or masks of many networks, with a leading nets dimension: for two arms
+                                      # of five trials, "fc1.weight" is (10, 300, 784)
+Network = tuple[str, int]             # names a network of a level: arm and trial
 Dataset = dict[str, tuple[Tensor, Tensor]]        # "train", "validation", "test" -> images (n, 1, 28, 28), labels (n,)
 
 
 class UserError(ValueError):
-    """One sentence on what the user can set right; as a program, the script prints it and ends with exit code 2."""
+    """An error that the user can fix, in one sentence; as a program, the script prints it and exits with code 2."""
 
 
 # ---- Experiment ------------------------------------------------------------------------------------------------------
 
 @dataclass
 class State:
-    """What a run has found so far, by trial; it is saved after every level."""
+    """Results so far, by trial; saved after every level."""
 
-    level: int = -1                                                     # the last one that is finished
+    level: int = -1                                                     # the last finished level
     theta_k: dict[int, Weights] = field(default_factory=dict)           # to rewind to: the weights after REWIND_STEP
-    pruned_at: dict[int, Levels] = field(default_factory=dict)          # all masks of all levels
+    pruned_at: dict[int, Levels] = field(default_factory=dict)          # the masks of all levels
     dense: dict[int, Weights] = field(default_factory=dict)             # the dense networks as trained
     trained: dict[int, Weights] = field(default_factory=dict)           # networks of the last level, to be pruned next
     records: list[dict] = field(default_factory=list)                   # rows of metrics.csv: one for each evaluation
 
 
-def run_experiment(state: State, data: Dataset, elsewhere: dict[int, tuple[Weights, Levels]],
+def run_experiment(state: State, data: Dataset, source_tickets: dict[int, tuple[Weights, Levels]],
                    save: Callable[[State], None]) -> None:
     """Train the dense networks, then prune the rewind networks level by level and start every arm from the new masks.
 
-    Iterative pruning as in the paper's section 2 (strategy 1 of its appendix B). The state is brought up to date, and
-    `save` called with it, after each level. `elsewhere`: by trial, another run's weights to rewind to and its pruning.
+    Iterative magnitude pruning as in the paper's section 2 (strategy 1 of its appendix B). After each level, update
+    `state` and call `save(state)`. `source_tickets`: by trial, the weights and pruning levels of TICKETS_FROM.
     """
-    with progress_bar(state.level) as bar:
-        for level in range(state.level + 1, LEVELS + 1):
-            if level > 0:
-                prune_tickets(state, level)
+    for level in range(state.level + 1, LEVELS + 1):
+        started = time.monotonic()
+        if level > 0:
+            prune_tickets(state, level)
 
-            found = State(level)
-            for networks in stacks(level, data["train"][0].device):
-                weights, masks = start_networks(networks, level, state, elsewhere)
-                early, trained, evaluations = train(weights, masks, data, networks, level, bar)
-                record(found, networks, masks, early, trained, evaluations)
+        found = State(level)
+        with progress_bar(level) as bar:
+            for networks, weights, masks in stacks(state, level, source_tickets, data["train"][0].device):
+                rewind_weights, trained, evaluations = train(weights, masks, data, networks, level, bar)
+                record(found, networks, masks, rewind_weights, trained, evaluations)
 
-            merge(state, gather(found))
-            save(state)
-            report_level(state, bar)
+        merge(state, gather(found))
+        save(state)
+        report_level(state, time.monotonic() - started)
 
 
 def prune_tickets(state: State, level: int) -> None:
-    """Enter into the state what this level prunes: the smallest weights that the level before trained."""
+    """Mark in the state what this level prunes, by the magnitudes that the previous level trained."""
     rates = prune_rates(build_network(MODEL, DROPOUT))
     for trial, pruned_at in state.pruned_at.items():
         before = masks_at(pruned_at, level - 1)
@@ -167,73 +176,78 @@ def prune_tickets(state: State, level: int) -> None:
             levels[before[name] > after[name]] = level
 
 
-def stacks(level: int, device: torch.device) -> Iterator[list[Network]]:
-    """The networks of a level in the lists that train as one stack each.
+def stacks(state: State, level: int, source_tickets: dict[int, tuple[Weights, Levels]],
+           device: torch.device) -> Iterator[tuple[list[Network], Stack, Stack]]:
+    """Yield the networks of a level, one stack after the other, with the weights and masks that they start from.
 
-    They start at the same step, and the arms of a trial follow each other. A CPU's caches hold about 20 networks, more
-    would slow each other down; on a GPU they share the cost of launching each operation.
+    The networks of a stack start at the same step and have the same layers sparse. The arms of a trial are neighbours.
     """
-    most = 20 if device.type == "cpu" else 200
+    size = STACK_SIZE
+    if size is None:
+        size = 20 if device.type == "cpu" else 200          # larger stacks fall out of a CPU's caches
     arms = ARMS if level > 0 else ("dense",)
-    trials = own_trials()
-    for begin in sorted({first_step(arm) for arm in arms}):
-        together = [arm for arm in arms if first_step(arm) == begin]
-        size = max(1, most // len(together))
-        for first in range(0, len(trials), size):
-            yield [(arm, trial) for trial in trials[first:first + size] for arm in together]
+    trials = trials_of_rank()
+    for start_step in sorted({first_step(arm) for arm in arms}):
+        together = [arm for arm in arms if first_step(arm) == start_step]
+        trials_per_stack = max(1, size // len(together))
+        for first in range(0, len(trials), trials_per_stack):
+            some_trials = trials[first:first + trials_per_stack]
+            networks = [(arm, trial) for trial in some_trials for arm in together]
+            starts = [start_network(network, state, level, source_tickets) for network in networks]
+            weights = stack([weights for weights, _ in starts])
+            masks = stack([masks for _, masks in starts])
+            for group in equally_sparse(networks, masks, device):
+                yield [networks[n] for n in group], pick(weights, group), pick(masks, group)
 
 
-def start_networks(networks: list[Network], level: int, state: State,
-                   elsewhere: dict[int, tuple[Weights, Levels]]) -> tuple[Stack, Stack]:
-    """The weights and masks that these networks start from."""
-    starts = []
-    for arm, trial in networks:
-        if level == 0:
-            initial = initial_weights(generator("init", trial))
-            starts.append((initial, full_masks(initial)))
-            continue
+def start_network(network: Network, state: State, level: int,
+                  source_tickets: dict[int, tuple[Weights, Levels]]) -> tuple[Weights, Masks]:
+    """Return the weights and masks that one network starts from."""
+    arm, trial = network
+    initial = initial_weights(generator("init", trial))
+    if level == 0:
+        return initial, full_masks(initial)
 
-        if first_step(arm) == REWIND_STEP:
-            original = state.theta_k[trial]
-        else:
-            original = initial_weights(generator("init", trial))
-        masks = masks_at(state.pruned_at[trial], level)
-        ticket = None
-        if trial in elsewhere:
-            weights, pruned_at = elsewhere[trial]
-            ticket = weights, masks_at(pruned_at, level)
-        random = generator(f"arm {arm}", trial, level)
-        given = Given(original, masks, state.dense[trial], state.trained[trial], ticket, random)
-        starts.append(ARM_TABLE[arm].start(given))
-    return stack([weights for weights, _ in starts]), stack([masks for _, masks in starts])
+    original = initial
+    if first_step(arm) == REWIND_STEP:
+        original = state.theta_k[trial]
+    source_ticket = None
+    if trial in source_tickets:
+        weights, pruned_at = source_tickets[trial]
+        source_ticket = weights, masks_at(pruned_at, level)
+    masks = masks_at(state.pruned_at[trial], level)
+    rng = generator(f"arm {arm}", trial, level)
+    return ARM_TABLE[arm].start(Given(original, masks, state.dense[trial], state.trained[trial], source_ticket, rng))
 
 
-def record(found: State, networks: list[Network], masks: Stack, early: Stack, trained: Stack,
+def record(found: State, networks: list[Network], masks: Stack, rewind_weights: Stack, trained: Stack,
            evaluations: list[tuple]) -> None:
-    """Enter what the training of a stack gave, network by network."""
+    """Add a trained stack's results to `found`."""
     survivors = sum(mask.flatten(1).sum(1) for mask in masks.values())                  # (nets,)
     percent = 100 * survivors / sum(mask[0].numel() for mask in masks.values())
     columns = ("train_loss", "val_loss", "val_accuracy", "test_accuracy")
     for n, (arm, trial) in enumerate(networks):
         network = {"dataset": DATASET, "model": MODEL, "arm": arm, "trial": trial, "level": found.level,
                    "weights_remaining": float(f"{percent[n]:.6g}")}
-        for step, *numbers in evaluations:
+        for step, *metrics in evaluations:
             row = network | {"step": step}
-            for column, of_networks in zip(columns, numbers, strict=True):
-                row[column] = float(f"{of_networks[n]:.6g}")        # as many digits as metrics.csv has
+            for column, metric in zip(columns, metrics, strict=True):
+                row[column] = float(f"{metric[n]:.6g}")     # as many digits as metrics.csv has
             found.records.append(row)
-        # Copies: views would take the memory of the whole stack along.
+        # Copies: a view would keep the whole stack alive.
         if arm in ("dense", "rewind"):
-            found.trained[trial] = copied(pick(trained, n))
+            found.trained[trial] = to_cpu(pick(trained, n))
         if arm == "dense":
             found.dense[trial] = found.trained[trial]
-            found.theta_k[trial] = copied(pick(early, n))
+            found.theta_k[trial] = to_cpu(pick(rewind_weights, n))
             found.pruned_at[trial] = {name: torch.zeros_like(mask, dtype=torch.uint8)
                                       for name, mask in pick(masks, n).items()}
 
 
 def merge(state: State, parts: list[State]) -> None:
-    """Bring the state up to date with what was found at a level, by each of several processes."""
+    """Update the state with the results of a level, of one part per process. Raises UserError if levels differ."""
+    if len({part.level for part in parts}) > 1:
+        raise UserError("the processes of this run are at different levels: stop all of them and start them again.")
     arms = ["dense", *ARMS]
     records = [row for part in parts for row in part.records]
     state.records += sorted(records, key=lambda row: (arms.index(row["arm"]), row["trial"], row["step"]))
@@ -247,7 +261,10 @@ def merge(state: State, parts: list[State]) -> None:
 
 
 def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers for one purpose, whatever else is drawn: trial k is the same among 5 trials and among 50."""
+    """Return an independent stream of random numbers for a purpose, trial and level.
+
+    So trial k is the same among 5 trials and among 50.
+    """
     seeds = np.random.SeedSequence([SEED, trial, level, *purpose.encode()])
     seed = int(seeds.generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
@@ -261,7 +278,7 @@ CONTENTS = {"MNIST": "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad
 
 
 def load_dataset(device: torch.device) -> Dataset:
-    """Images (n, 1, 28, 28), normalised once as PIXELS says, and labels (n,), on the device.
+    """Return images (n, 1, 28, 28), scaled as PIXELS says, and labels (n,), on the device.
 
     The 60,000 training images give "train" (55,000) and "validation" (5,000); "test" (10,000) is only ever reported.
     """
@@ -270,159 +287,178 @@ def load_dataset(device: torch.device) -> Dataset:
     held_out = order[:VALIDATION_SIZE]
     rest = order[VALIDATION_SIZE:]
     splits = {"train": (images[rest], labels[rest]), "validation": (images[held_out], labels[held_out]), "test": test}
-    deviation, mean = torch.std_mean(splits["train"][0] / 255)
+    std, mean = torch.std_mean(splits["train"][0] / 255)
 
     data = {}
     for name, (pixels, classes) in splits.items():
         if PIXELS == "standardised":
-            scaled = (pixels / 255 - mean) / deviation
+            scaled = (pixels / 255 - mean) / std
         elif PIXELS == "unit_interval":
             scaled = pixels / 255
         else:
-            scaled = F.normalize(pixels.float(), dim=(1, 2))                            # of unit length
+            scaled = F.normalize(pixels.float(), dim=(1, 2))                            # L2 norm 1
         data[name] = (scaled.unsqueeze(1).to(device), classes.to(device))
     return data
 
 
 def read_images() -> list[tuple[Tensor, Tensor]]:
-    """Images (n, 28, 28), bytes, and labels (n,): 60,000 to train and 10,000 to test.
+    """Return images (n, 28, 28), bytes, and labels (n,): 60,000 for training and 10,000 for testing.
 
-    Raises UserError where torchvision can neither find, unpack nor download them, or where they are not DATASET's:
-    it takes unpacked files as they are, another data set's or damaged ones too.
+    Raises UserError if torchvision can neither find, unpack nor download them, or if they are not DATASET's:
+    torchvision does not verify unpacked files.
     """
-    folder = beside_script(DATA_DIR)
+    folder = resolve_path(DATA_DIR)
     raw = folder / DATASET / "raw"
-    there = {path.name.removesuffix(".gz") for path in raw.glob("*-ubyte*")}
-    if len(there) < 4:
-        say(f"downloading {DATASET} into {raw}")
+    files = {path.name.removesuffix(".gz") for path in raw.glob("*-ubyte*")}
+    if len(files) < 4:
+        say(f"downloading {DATASET} to {raw}")
     source = getattr(torchvision.datasets, DATASET)
     try:
-        with one_at_a_time(folder):
-            parts = [source(folder, train=train, download=True) for train in (True, False)]
-    except Exception as error:                              # it fails in many ways; the last line says most
+        parts = [source(folder, train=train, download=True) for train in (True, False)]
+    except Exception as error:                              # many exception types; the last line is the informative one
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(f"{DATASET} could not be read in {raw} ({reason}): put its four archives there and remove "
-                        "what lies unpacked, or set DATA_DIR to a folder that can be written to.") from None
+        raise UserError(f"{DATASET} could not be read from {raw} ({reason}): put its four archives there and remove "
+                        "the unpacked files, or set DATA_DIR to a folder that can be written to.") from None
 
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.data.numpy().tobytes())
         digest.update(part.targets.byte().numpy().tobytes())
     if digest.hexdigest() != CONTENTS[DATASET]:
-        raise UserError(f"what lies unpacked in {raw} is not {DATASET}, or is damaged: remove the files without .gz "
-                        "there, so that they are unpacked or downloaded again.")
+        raise UserError(f"the unpacked files in {raw} are not {DATASET}, or are damaged: remove the files without .gz, "
+                        "so that they are unpacked or downloaded again.")
     return [(part.data, part.targets) for part in parts]
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 def build_network(model: str, dropout: float) -> nn.Sequential:
-    """One plain network. Its layers are also the plan by which `forward` runs a whole stack of them.
+    """Return one plain network, without memory for its weights; `forward` walks its layers to run many at once.
 
-    Its name is what figures and tables call it. Raises UserError for a model that is not here.
+    Its `name` is what figures and tables call it. Raises UserError for an unknown model.
     """
-    if model == "mlp":
-        network = nn.Sequential(OrderedDict(
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(100, 10)))
-        network.name = "LeNet-300-100"
-        assert count_weights(network) == 266_200            # as in figure 2 of the paper
-    elif model == "lenet":
-        network = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
-            conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
-            fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
-            output=nn.Linear(84, 10)))
-        network.name = "LeNet-5"
-        assert count_weights(network) == 61_470             # LeCun et al. 1998, its feature maps fully connected
-    else:
-        raise UserError(f"MODEL must be mlp or lenet, not {model!r}.")
+    with torch.device("meta"):                              # draws no random numbers
+        if model == "mlp":
+            network = nn.Sequential(OrderedDict(
+                flatten=nn.Flatten(),
+                fc1=nn.Linear(784, 300), relu1=nn.ReLU(), drop1=nn.Dropout(dropout),
+                fc2=nn.Linear(300, 100), relu2=nn.ReLU(), drop2=nn.Dropout(dropout),
+                output=nn.Linear(100, 10)))
+            network.name = "LeNet-300-100"
+            assert count_weights(network) == 266_200        # as in figure 2 of the paper
+        elif model == "lenet":
+            network = nn.Sequential(OrderedDict(
+                conv1=nn.Conv2d(1, 6, 5, padding=2), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(),
+                conv2=nn.Conv2d(6, 16, 5), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(),
+                flatten=nn.Flatten(),
+                fc1=nn.Linear(400, 120), relu3=nn.ReLU(), drop1=nn.Dropout(dropout),
+                fc2=nn.Linear(120, 84), relu4=nn.ReLU(), drop2=nn.Dropout(dropout),
+                output=nn.Linear(84, 10)))
+            network.name = "LeNet-5"
+            assert count_weights(network) == 61_470         # LeCun et al. 1998, its feature maps fully connected
+        else:
+            raise UserError(f"MODEL must be mlp or lenet, not {model!r}.")
     return network
 
 
 def weighted_layers(network: nn.Sequential) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that have weights, by name, from the input to the output."""
+    """Return the layers that have weights, by name, from the input to the output."""
     return {name: layer for name, layer in network.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def count_weights(network: nn.Sequential) -> int:
-    """How many weights can be pruned."""
+    """Count the prunable weights."""
     return sum(layer.weight.numel() for layer in weighted_layers(network).values())
 
 
-def initial_weights(random: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
-    """One network's weights drawn by INIT, biases zero. With a narrower one's shapes these are drawn, the rest zero."""
+def initial_weights(rng: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
+    """Draw one network's weights by INIT; biases are zero.
+
+    With `shapes`, those of a narrower network: draw its weights, the first ones of each layer, and leave the rest zero.
+    """
     draw = {"kaiming_normal": nn.init.kaiming_normal_, "xavier_normal": nn.init.xavier_normal_}[INIT]
     weights = {}
     for name, layer in weighted_layers(build_network(MODEL, DROPOUT)).items():
         weight = torch.zeros(layer.weight.shape)
-        shape = weight.shape if shapes is None else shapes[f"{name}.weight"]
-        weight[:shape[0], :shape[1]] = draw(torch.empty(shape), generator=random)
+        shape = weight.shape
+        if shapes is not None:
+            shape = shapes[f"{name}.weight"]
+        weight[:shape[0], :shape[1]] = draw(torch.empty(shape), generator=rng)
         weights[f"{name}.weight"] = weight
         weights[f"{name}.bias"] = torch.zeros(layer.bias.shape)
     return weights
 
 
-def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Iterable[Tensor] = ()) -> Tensor:
-    """Logits (nets, batch, 10) of a stack's networks, from images (sets, batch, 1, 28, 28).
+def forward(network: nn.Sequential, weights: Stack, images: Tensor, dropout: Iterable[Tensor] = (),
+            sparse: dict[str, Survivors] | None = None) -> Tensor:
+    """Return the logits (nets, batch, 10) of a stack's networks for images (sets, batch, 1, 28, 28).
 
-    Each set of images is seen by as many networks, which follow each other: the arms of a trial, or in evaluation all.
-    With factors (sets, units, batch), one for each dropout layer, units are dropped; without any, none. Which layers it
-    serves is found out by `check_network`.
+    Consecutive groups of networks share one set of images: the arms of a trial, or in evaluation all networks.
+    `dropout` has a mask (sets, units, batch) for each dropout layer; without any, no unit is dropped. `sparse` names
+    the layers whose weights are the survivors alone. `check_network` finds out which layers are supported.
     """
     layers = list(network.named_children())
     flatten = [isinstance(layer, nn.Flatten) for _, layer in layers].index(True)
     sets = len(images)
     nets_per_set = len(weights["output.bias"]) // sets
+    sparse = sparse or {}
 
     if flatten == 0:
-        x = images.flatten(2).repeat_interleave(nets_per_set, 0)                        # (nets, batch, units)
+        x = images.flatten(2)                                                           # (sets, batch, units)
     else:
         parts = []
         for n in range(sets):
-            own = pick(weights, slice(n * nets_per_set, (n + 1) * nets_per_set))
-            parts.append(convolve(layers[:flatten], own, images[n]))
-        x = torch.cat(parts)
-    x = x.mT                                                                            # (nets, units, batch)
+            of_set = range(n * nets_per_set, (n + 1) * nets_per_set)
+            for first in of_set[::20]:                      # more at once would need gigabytes in evaluation
+                some = pick(weights, slice(first, min(first + 20, of_set.stop)))
+                parts.append(convolve(layers[:flatten], some, images[n]))
+        x = torch.cat(parts)                                                            # (nets, batch, units)
+    x = x.mT                                                                            # (sets or nets, units, batch)
 
     dropout = iter(dropout)
     for name, layer in layers[flatten + 1:]:
         if isinstance(layer, nn.Linear):
-            x = linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+            x = linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"], sparse.get(f"{name}.weight"))
         elif isinstance(layer, nn.Dropout):
-            factor = next(dropout, None)
-            if factor is not None:
-                by_set = x.unflatten(0, (sets, nets_per_set)) * factor.unsqueeze(1)
+            mask = next(dropout, None)
+            if mask is not None:
+                by_set = x.unflatten(0, (sets, nets_per_set)) * mask.unsqueeze(1)
                 x = by_set.flatten(0, 1)
         else:
             x = layer(x)                                                                # ReLU
     return x.mT
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a linear layer of every network makes of its own (nets, in, batch): (nets, out, batch)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, survivors: Survivors | None) -> Tensor:
+    """Apply a linear layer to the inputs of every network: (nets, in, batch) -> (nets, out, batch).
+
+    Consecutive groups of networks may share their inputs, (sets, in, batch). Weights are (nets, out, in), or with
+    `survivors` (nets, survivors).
+    """
     bias = bias.unsqueeze(2)
+    if survivors is not None:
+        return SparseProduct.apply(weight, x.contiguous(), survivors) + bias
+    if len(x) < len(weight):
+        x = x.mT.repeat_interleave(len(weight) // len(x), 0).mT
     if len(weight) > 1:
         return torch.baddbmm(bias, weight, x)
-    # A lone product is rounded otherwise than one of several: it gets a twin.
+    # A batch of one rounds differently; duplicate it for bitwise reproducibility.
     both = torch.baddbmm(bias.expand(2, -1, -1), weight.expand(2, -1, -1), x.expand(2, -1, -1))
     return both[:1]
 
 
 def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> Tensor:
-    """What the layers before nn.Flatten make of images (batch, 1, 28, 28) for some networks: (nets, batch, units).
+    """Apply the layers before nn.Flatten to images (batch, 1, 28, 28) for some networks: (nets, batch, units).
 
-    All see the same images, so their kernels (nets, out, in, height, width) go into one convolution, with a group per
-    network from the second on. In channels-last memory this takes half the time of one after the other.
+    All networks see the same images, so their kernels (nets, out, in, height, width) go into one convolution, grouped
+    by network from the second layer on. In channels-last memory this takes half the time of one network after another.
     """
     # One channel is contiguous in both layouts; oneDNN takes the fast path only if the strides say channels last.
     x = x.contiguous().as_strided(x.shape, (784, 1, 28, 1))
     nets = len(weights["output.bias"])
-    groups = 1                                              # so far all networks have the same activations
+    groups = 1                                              # so far, all networks have the same activations
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d):
             kernels = weights[f"{name}.weight"].flatten(0, 1)
@@ -436,7 +472,7 @@ def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> 
 
 
 def dropped_units(network: nn.Sequential) -> list[int]:
-    """How many units each dropout layer has, from the input to the output."""
+    """Return the number of units of each dropout layer, from the input to the output."""
     units = 0
     dropped = []
     for layer in network:
@@ -448,31 +484,154 @@ def dropped_units(network: nn.Sequential) -> list[int]:
 
 
 def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """The plain network with a single network's weights put in. Raises RuntimeError where they do not fit."""
+    """Load one network's weights into the plain network and return it. Raises RuntimeError if they do not fit."""
     network.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     return network
 
 
-# ---- Tickets: a ticket is a mask together with the initial weights that it was found from ----------------------------
+# ---- Sparse layers: a step costs what its weights cost ---------------------------------------------------------------
+#
+# On a CPU, once few weights of a linear layer are left, only these survivors are stored and trained: (nets, survivors)
+# instead of (nets, out, in). The layers of all networks together are one matrix. Each network is a block of it, with
+# rows of its own (nets * out); networks that share their inputs share columns (sets * in), so that inputs need not be
+# repeated for each arm. Everything outside the blocks, and every pruned weight within, is left out (compressed rows,
+# CSR). Pruned weights are zero and stay zero, so gradients are needed at the survivors alone.
+
+SPARSE_BELOW = 0.23                   # share of a layer's weights, above which dense products are as fast
+
+
+class Survivors(NamedTuple):
+    """The places of the surviving weights of a linear layer, in all networks of a stack, ordered by row and column."""
+    mask: Tensor                          # (nets, out, in)
+    row_starts: Tensor                    # (nets * out + 1,): how many survivors come before each row
+    columns: dict[int, Tensor]            # by number of input sets: each survivor's column, (survivors of all nets,)
+    by_column: Tensor                     # the survivors' numbers ordered by column and row: those of the transpose
+    column_starts: Tensor                 # (nets * in + 1,)
+    rows: Tensor                          # each survivor's row, ordered by column and row
+
+
+class SparseProduct(torch.autograd.Function):
+    """The product of surviving weights (nets, survivors) and inputs (sets, in, batch): (nets, out, batch)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor, survivors: Survivors) -> Tensor:
+        """Multiply the matrix of all networks with all inputs."""
+        columns = survivors.columns[len(x)]
+        nets, outputs, _ = survivors.mask.shape
+        inputs = x.flatten(0, 1)                                                        # (sets * in, batch)
+        shape = (nets * outputs, len(inputs))
+        copied = values.clone(memory_format=torch.contiguous_format).flatten()          # `backward` overwrites it
+        matrix = torch.sparse_csr_tensor(survivors.row_starts, columns, copied, shape)
+        ctx.save_for_backward(values, x)
+        ctx.matrix = matrix
+        ctx.survivors = survivors
+        return torch.sparse.mm(matrix, inputs, "sum").view(nets, outputs, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Return the gradients of the survivors and, behind the first layer, of the inputs."""
+        values, x = ctx.saved_tensors
+        gradient = gradient.contiguous().flatten(0, 1)                                  # (nets * out, batch)
+        at_survivors = ctx.matrix
+        torch.sparse.sampled_addmm(at_survivors, gradient, x.flatten(0, 1).T, beta=0, out=at_survivors)
+        of_inputs = None
+        if ctx.needs_input_grad[1]:
+            survivors = ctx.survivors
+            shape = (len(x.flatten(0, 1)), len(gradient))
+            transpose = torch.sparse_csr_tensor(survivors.column_starts, survivors.rows,
+                                                values.flatten()[survivors.by_column], shape)
+            of_inputs = torch.sparse.mm(transpose, gradient, "sum").view_as(x)
+        return at_survivors.values().view_as(values), of_inputs, None
+
+
+def find_survivors(mask: Tensor, sets: set[int]) -> Survivors:
+    """Find the survivors of a layer, mask (nets, out, in), for inputs in this many sets (1: all networks share one)."""
+    nets, outputs, inputs = mask.shape
+    net, output, column = mask.nonzero(as_tuple=True)
+    row = net * outputs + output
+    own_column = net * inputs + column
+    by_column = own_column.argsort(stable=True)
+    row_starts = F.pad(mask.sum(2).flatten().cumsum(0), (1, 0)).long()
+    column_starts = F.pad(mask.sum(1).flatten().cumsum(0), (1, 0)).long()
+    columns = {number: net // (nets // number) * inputs + column for number in sets}
+    with warnings.catch_warnings():                         # PyTorch warns once that CSR tensors are in beta state
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(row_starts, own_column, torch.zeros(len(net)), (nets * outputs, nets * inputs))
+    return Survivors(mask.bool(), row_starts, columns, by_column, column_starts, row[by_column])
+
+
+def sparse_counts(masks: Stack, device: torch.device) -> dict[str, Tensor]:
+    """Return, for each linear layer, how many survivors each network stores, (nets,); 0 if that layer of it is dense.
+
+    It depends on the layer's own count alone, so that a network's numbers do not depend on its neighbours.
+    """
+    counts = {}
+    for name, mask in masks.items():
+        if device.type == "cpu" and mask.dim() == 3:        # (nets, out, in); no convolutions, and nothing on a GPU
+            count = mask.flatten(1).sum(1).long()
+            counts[name] = count.where(count < SPARSE_BELOW * mask[0].numel(), 0)
+    return counts
+
+
+def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) -> list[list[int]]:
+    """Group the networks of a stack, by index, into those that store equally many survivors in every layer.
+
+    In each group all trials have equally many networks, as `train` needs it.
+    """
+    counts = sparse_counts(masks, device)
+    keys = [(trial, *[int(count[n]) for count in counts.values()]) for n, (_, trial) in enumerate(networks)]
+    groups = {}
+    for n, (trial, *stored) in enumerate(keys):
+        arms = keys.count((trial, *stored))
+        groups.setdefault((arms, *stored), []).append(n)
+    return list(groups.values())
+
+
+def sparse_layers(masks: Stack, sets: set[int], device: torch.device) -> dict[str, Survivors]:
+    """Find the survivors of the layers of which all networks store equally many."""
+    return {name: find_survivors(masks[name], sets) for name, count in sparse_counts(masks, device).items()
+            if count.min() == count.max() > 0}
+
+
+def take_survivors(weights: Stack, sparse: dict[str, Survivors]) -> Stack:
+    """Replace the weights (nets, out, in) of sparse layers by their survivors, (nets, survivors)."""
+    taken = dict(weights)
+    for name, survivors in sparse.items():
+        taken[name] = weights[name][survivors.mask].view(len(survivors.mask), -1)
+    return taken
+
+
+def put_back(weights: Stack, sparse: dict[str, Survivors]) -> Stack:
+    """Undo `take_survivors`: pruned weights are zero."""
+    for name, survivors in sparse.items():
+        dense = weights[name].new_zeros(survivors.mask.shape)
+        dense[survivors.mask] = weights[name].flatten()
+        weights[name] = dense
+    return weights
+
+
+# ---- Tickets: a ticket is a mask plus the initial weights of the network it was found in -----------------------------
 
 def full_masks(weights: Weights | Stack) -> Masks:
-    """Masks with every prunable weight remaining: biases are never pruned, and not counted."""
+    """Return masks that keep every prunable weight: biases are never pruned, and not counted."""
     return {name: torch.ones_like(tensor) for name, tensor in weights.items() if name.endswith(".weight")}
 
 
 def masked(weights: Weights | Stack, masks: Masks) -> Weights:
-    """The weights, zero where they are pruned; new tensors."""
+    """Apply masks; returns new tensors."""
     return {name: tensor * masks[name] if name in masks else tensor.clone() for name, tensor in weights.items()}
 
 
 def masks_at(pruned_at: Levels, level: int) -> Masks:
-    """The masks of a level."""
+    """Return the masks of a level."""
     return {name: ((levels == 0) | (levels > level)).float() for name, levels in pruned_at.items()}
 
 
 def prune_rates(network: nn.Sequential) -> dict[str, float]:
-    """The share of its survivors that each layer loses per level (section 2 and figure 2 of the paper): half of it in
-    the output layer and in convolutions; a global scope compares all layers at one rate."""
+    """Return the share of its survivors that each layer loses per level (section 2 and figure 2 of the paper).
+
+    Half of PRUNE_RATE in the output layer and in convolutions; a global scope compares all layers at one rate.
+    """
     rates = {}
     for name, layer in weighted_layers(network).items():
         rates[f"{name}.weight"] = PRUNE_RATE
@@ -482,10 +641,10 @@ def prune_rates(network: nn.Sequential) -> dict[str, float]:
 
 
 def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -> Masks:
-    """Remove the smallest survivors of one network, `rates` of them, layer by layer or globally.
+    """Remove the smallest-magnitude survivors of one network, `rates` of them, layer by layer or globally.
 
     Step 3 of the paper's iterative pruning (its appendix B). Counts are exact: round(rate * survivors). Raises
-    UserError where a global scope would leave a layer without any weight.
+    UserError if a global scope would leave a layer without any weight.
     """
     if scope == "layer":
         return {name: remove_smallest(weights[name], mask, round(rates[name] * int(mask.sum())))
@@ -499,14 +658,14 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
     pruned = {}
     for name, part in zip(masks, parts, strict=True):
         if not part.any():
-            raise UserError(f"with PRUNE_SCOPE=global, pruning would leave no weight of {name}: lower LEVELS or "
-                            "PRUNE_RATE, or choose PRUNE_SCOPE=layer.")
+            raise UserError(f"with PRUNE_SCOPE=global, pruning would leave no weight of {name}: lower LEVELS to keep "
+                            "this run; a lower PRUNE_RATE, or PRUNE_SCOPE=layer, starts another one.")
         pruned[name] = part.view(masks[name].shape)
     return pruned
 
 
 def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
+    """Return the mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
     magnitude = weights.abs().masked_fill(mask == 0, torch.inf).flatten()
     smallest = magnitude.argsort(stable=True)[:count]
     return mask.flatten().scatter(0, smallest, 0).view(mask.shape)
@@ -515,77 +674,77 @@ def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
 # ---- Arms: how a pruned network starts -------------------------------------------------------------------------------
 
 class Given(NamedTuple):
-    """What an arm may start from: of one network, at one level."""
+    """What an arm may start from, for one network at one level."""
     theta0: Weights                       # the original initial weights; for a late arm those of REWIND_STEP
     masks: Masks                          # the ticket's, found from the rewind network of the same trial
     dense: Weights                        # the dense network as trained
-    trained: Weights                      # the rewind network as the level before trained it
-    elsewhere: tuple[Weights, Masks] | None         # weights and masks of a ticket from TICKETS_FROM
-    random: torch.Generator               # for this arm, trial and level alone
+    trained: Weights                      # the rewind network as the previous level trained it
+    source_ticket: tuple[Weights, Masks] | None     # weights and masks of a ticket from TICKETS_FROM
+    rng: torch.Generator                  # for this arm, trial and level alone
 
 
 def rewind(given: Given) -> tuple[Weights, Masks]:
-    """The winning ticket: the survivors' original initial weights."""
+    """Start from the ticket itself: the survivors with their original initial weights."""
     return masked(given.theta0, given.masks), given.masks
 
 
 def reinit(given: Given) -> tuple[Weights, Masks]:
-    """The same connections with a fresh draw of initial weights (section 2, "random reinitialization")."""
-    return masked(initial_weights(given.random), given.masks), given.masks
+    """Keep the connections, but draw their initial weights anew (section 2, "random reinitialization")."""
+    return masked(initial_weights(given.rng), given.masks), given.masks
 
 
-def permute(given: Given) -> tuple[Weights, Masks]:
-    """The survivors' original values, permuted among the survivors of each layer."""
+def shuffle_weights(given: Given) -> tuple[Weights, Masks]:
+    """Keep the connections, and permute their original values among the survivors of each layer."""
     weights = masked(given.theta0, given.masks)
     for name, mask in given.masks.items():
         survivors = mask.flatten().nonzero().flatten()
-        order = torch.randperm(len(survivors), generator=given.random)
+        order = torch.randperm(len(survivors), generator=given.rng)
         values = given.theta0[name].flatten()
         weights[name].view(-1)[survivors] = values[survivors[order]]
     return weights, given.masks
 
 
-def signs(given: Given) -> tuple[Weights, Masks]:
-    """Fresh magnitudes with the signs of the original initial weights (Zhou et al. 2019, arXiv:1905.01067)."""
-    fresh = initial_weights(given.random)
+def keep_signs(given: Given) -> tuple[Weights, Masks]:
+    """Draw fresh magnitudes, but keep the signs of the original weights (Zhou et al. 2019, arXiv:1905.01067)."""
+    fresh = initial_weights(given.rng)
     weights = {name: tensor.abs() * given.theta0[name].sign() for name, tensor in fresh.items()}
     return masked(weights, given.masks), given.masks
 
 
 def finetune(given: Given) -> tuple[Weights, Masks]:
-    """The survivors keep the weights that the level before trained: these networks have trained longer."""
+    """Keep the weights that the previous level trained: these networks have trained longer."""
     return masked(given.trained, given.masks), given.masks
 
 
-def shuffle(given: Given) -> tuple[Weights, Masks]:
-    """The original initial weights on connections chosen at random, as many in each layer as the ticket has."""
+def shuffle_mask(given: Given) -> tuple[Weights, Masks]:
+    """Keep the original weights of connections chosen at random, as many in each layer as the ticket has."""
     masks = {}
     for name, mask in given.masks.items():
-        order = torch.randperm(mask.numel(), generator=given.random)
+        order = torch.randperm(mask.numel(), generator=given.rng)
         masks[name] = mask.flatten()[order].view(mask.shape)
     return masked(given.theta0, masks), masks
 
 
 def oneshot(given: Given) -> tuple[Weights, Masks]:
-    """The original initial weights on the trained dense network's largest, as many in each layer as the ticket has."""
+    """Keep the original weights where the trained dense network has its largest, as many per layer as the ticket."""
     masks = largest(given.dense, given.masks)
     return masked(given.theta0, masks), masks
 
 
-def magnitude(given: Given) -> tuple[Weights, Masks]:
-    """The largest initial weights, as many in each layer as the ticket has (Frankle et al. 2021, arXiv:2009.08576)."""
+def magnitude_at_init(given: Given) -> tuple[Weights, Masks]:
+    """Keep the largest initial weights, as many per layer as the ticket has (Frankle et al. 2021, arXiv:2009.08576)."""
     masks = largest(given.theta0, given.masks)
     return masked(given.theta0, masks), masks
 
 
 def largest(weights: Weights, masks: Masks) -> Masks:
-    """Masks of the weights of largest magnitude, as many in each layer as the given masks keep."""
+    """Return masks of the weights of largest magnitude, as many in each layer as the given masks keep."""
     return {name: remove_smallest(weights[name], torch.ones_like(mask), int((mask == 0).sum()))
             for name, mask in masks.items()}
 
 
-def small(given: Given) -> tuple[Weights, Masks]:
-    """A narrower dense network with about as many weights: the first units of layers, drawn by INIT for their sizes."""
+def small_dense(given: Given) -> tuple[Weights, Masks]:
+    """Make a narrower dense network with about as many weights: the first units of each layer, drawn anew by INIT."""
     survivors = sum(int(mask.sum()) for mask in given.masks.values())
     layers = weighted_layers(build_network(MODEL, DROPOUT))
 
@@ -596,16 +755,16 @@ def small(given: Given) -> tuple[Weights, Masks]:
     masks = {name: torch.zeros_like(mask) for name, mask in given.masks.items()}
     for name, (outputs, inputs, *_) in shapes.items():
         masks[name][:outputs, :inputs] = 1
-    return initial_weights(given.random, shapes), masks
+    return initial_weights(given.rng, shapes), masks
 
 
 def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str, tuple[int, ...]]:
-    """The shapes (out, in, ...) of the layers' weights where all hidden layers are scaled down together."""
+    """Return the shapes (out, in, ...) of the layers' weights with all hidden layers scaled down together."""
     shapes = {}
-    kept = 1.0                                              # share of the layer before
+    kept = 1.0                                              # share of the previous layer's units
     for name, layer in layers.items():
         outputs, inputs, *kernel = layer.weight.shape
-        fewest = 10                                         # three units before ten classes: an unfair rival
+        fewest = 10                                         # a narrower bottleneck would be an unfair baseline
         if kernel:
             fewest = 1
         width = outputs
@@ -617,49 +776,50 @@ def narrower(layers: dict[str, nn.Linear | nn.Conv2d], scale: float) -> dict[str
 
 
 def transfer(given: Given) -> tuple[Weights, Masks]:
-    """Weights and masks of the same trial and level from the file TICKETS_FROM."""
-    weights, masks = given.elsewhere
+    """Take weights and masks of the same trial and level from the file TICKETS_FROM."""
+    weights, masks = given.source_ticket
     return masked(weights, masks), masks
 
 
 class Arm(NamedTuple):
     """One way to start a masked network, the question that it answers, and how it is drawn."""
     start: Callable[[Given], tuple[Weights, Masks]]
-    label: str                            # what it is, in figures and tables
+    label: str                            # in figures and tables
     colour: str
     marker: str
     late: bool = True                     # starts at REWIND_STEP, for the remaining steps; else at step 0, for all
-    controls: str = "both"                # what it has otherwise than the ticket: "weights" or "mask"
-    question: str = ""                    # answered by the ticket's lead over this arm in accuracy
-    kind: str = "difference"              # yes if the ticket is more accurate; "enough": if this arm is as accurate as
-                                          # the ticket; "no loss": if the ticket is as accurate as this arm
+    controls: str = "both"                # what differs from the ticket: "weights" or "mask"
+    question: str = ""                    # answered by the comparison with the ticket in accuracy
+    claim: str = "rewind beats arm"       # what yes means; or "rewind matches arm", "arm matches rewind"
 
 
 ARM_TABLE = {
     "rewind": Arm(rewind, "rewound to original weights", "#0173b2", "o"),
     "reinit": Arm(reinit, "re-initialised at random", "#de8f05", "s", late=False, controls="weights",
                   question="Do the original weights matter?"),
-    "permute": Arm(permute, "original values, permuted", "#56b4e9", "<", controls="weights",
-                   question="Does it matter which survivor has which value?"),
-    "signs": Arm(signs, "original signs, new magnitudes", "#ca9161", ">", late=False, controls="weights",
-                 question="Are the signs enough?", kind="enough"),
-    "finetune": Arm(finetune, "trained on, not rewound (longer)", "black", "X", controls="weights",
-                    question="Does rewinding lose nothing against training on, for longer?", kind="no loss"),
-    "shuffle": Arm(shuffle, "shuffled connections", "#029e73", "^", controls="mask",
-                   question="Do the connections matter, beyond their number per layer?"),
-    "oneshot": Arm(oneshot, "pruned in one shot", "#d55e00", "D", controls="mask",
-                   question="Is pruning round after round needed?"),
-    "magnitude": Arm(magnitude, "largest initial weights", "#7a5195", "*", late=False, controls="mask",
-                     question="Is training needed to find the mask?"),
-    "small": Arm(small, "small dense network", "#808000", "p", late=False, controls="mask",
-                 question="Is a ticket better than a small dense network?"),
+    "shuffle_weights": Arm(shuffle_weights, "original values, permuted", "#56b4e9", "<", controls="weights",
+                           question="Does it matter which survivor has which value?"),
+    "keep_signs": Arm(keep_signs, "original signs, new magnitudes", "#ca9161", ">", late=False, controls="weights",
+                      question="Do the original signs suffice (within 0.2 points)?", claim="arm matches rewind"),
+    "finetune": Arm(finetune, "fine-tuned, not rewound", "black", "X", controls="weights",
+                    question="Does rewinding lose less than 0.2 points against fine-tuning, which trains longer?",
+                    claim="rewind matches arm"),
+    "shuffle_mask": Arm(shuffle_mask, "shuffled connections", "#029e73", "^", controls="mask",
+                        question="Do the connections matter, beyond their number per layer?"),
+    "oneshot": Arm(oneshot, "one-shot pruning", "#d55e00", "D", controls="mask",
+                   question="Is iterative pruning better than one-shot pruning?"),
+    "magnitude_at_init": Arm(magnitude_at_init, "largest initial weights", "#7a5195", "*", late=False, controls="mask",
+                             question="Is training needed to find the mask?"),
+    "small_dense": Arm(small_dense, "small dense network", "#808000", "p", late=False, controls="mask",
+                       question="Is a ticket better than a small dense network?"),
     "transfer": Arm(transfer, "ticket found elsewhere", "#cc78bc", "v", controls="mask",
-                    question="Do tickets carry over?", kind="enough"),
+                    question="Does another dataset's ticket do as well (within 0.2 points)?",
+                    claim="arm matches rewind"),
 }
 
 
 def first_step(arm: str) -> int:
-    """After how many steps of the dense training an arm starts."""
+    """Return the step of the dense training at which an arm starts."""
     if arm == "dense" or not ARM_TABLE[arm].late:
         return 0
     return REWIND_STEP
@@ -669,20 +829,20 @@ def first_step(arm: str) -> int:
 #
 # Five things to know before changing anything:
 #   1. Activations are feature-major: (nets, units, batch).
-#   2. The networks of a trial follow each other in a stack, and see the same batch and the same dropout.
+#   2. The networks of a trial are neighbours in a stack, and see the same batches and dropout masks.
 #   3. The loss is the sum over the networks, so that each one gets just its own gradient, unscaled.
-#   4. Pruned weights start at zero and their gradients are masked before clipping, so they stay exactly zero: a fresh
-#      AdamW makes no moments of zero gradients, and its decoupled decay leaves a zero alone.
-#   5. Every random number has a generator for its purpose, trial and level.
+#   4. Pruned weights start at zero and their gradients are masked before clipping, so they stay exactly zero: in a
+#      fresh AdamW, their moments stay zero, and decay maps 0 to 0. Sparse layers do without them.
+#   5. Every random number comes from a generator for its purpose, trial and level.
 
 def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], level: int,
           bar: tqdm) -> tuple[Stack, Stack, list[tuple]]:
     """Train a stack of networks, all arms of a trial side by side.
 
-    Networks that start at REWIND_STEP take the remaining steps only, with the level's batches and dropout of these.
-    Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one before any step,
-    (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU; train_loss is the
-    mean over the batches since the evaluation before. Raises UserError where a loss is not finite.
+    Networks that start at REWIND_STEP take the remaining steps only, with the batches and dropout that those steps
+    would have used. Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one
+    before any step, (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU;
+    train_loss is the mean over the batches since the previous evaluation. Raises UserError if a loss is not finite.
     """
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
@@ -690,111 +850,117 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
     trials = list(dict.fromkeys(trial for _, trial in networks))
     arms = len(networks) // len(trials)
 
-    parameters = as_rows(weights).to(device)                                            # (nets, numbers)
+    sparse = sparse_layers(masks, {1, len(trials), len(networks)}, device)
+    weights = take_survivors(weights, sparse)
+    parameters = flatten_parameters(weights).to(device)                                 # (nets, numbers)
     gradients = torch.zeros_like(parameters)
-    gradients_of = as_views(gradients, weights)
-    weights = as_views(parameters, weights)                 # what moves the rows moves these
+    gradient_views = parameter_views(gradients, weights)
+    weights = parameter_views(parameters, weights)          # views: updating `parameters` updates these
     for weight in weights.values():
         weight.requires_grad_()
-    masks = {name: mask.to(device) for name, mask in masks.items()}
+    masks = {name: mask.to(device) for name, mask in masks.items() if name not in sparse}
     parameters.grad = gradients
     optimizer = torch.optim.AdamW([parameters], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
-    begin = first_step(networks[0][0])
-    end = EPOCHS * steps_per_epoch()
-    evaluate_at = evaluation_steps(end)
+    start_step = first_step(networks[0][0])
+    last_step = EPOCHS * steps_per_epoch()
+    evaluate_at = evaluation_steps(last_step)
     order = batches(len(images), trials, level, device)
-    dropout = dropout_factors(network, trials, level, device)
-    early = copied(weights)
+    dropout = dropout_masks(network, trials, level, device)
+    rewind_weights = to_cpu(weights)
     loss_sum = torch.zeros(len(networks), device=device)
-    since = 0                                               # steps since the last evaluation
-    evaluations = [(begin, *evaluate_all(network, weights, data, loss_sum / since))]    # 0 / 0: no training loss yet
+    steps_since_evaluation = 0
+    metrics = evaluate_all(network, weights, data, loss_sum / steps_since_evaluation, sparse)       # 0 / 0: no loss yet
+    evaluations = [(start_step, *metrics)]
     check_finite(loss_sum, evaluations[-1], networks, level)
 
-    for step in range(1, end + 1):
+    for step in range(1, last_step + 1):
         batch = next(order)                                                             # (trials, batch)
-        factors = next(dropout)
-        if step <= begin:                                   # taken once and for all by the dense network
+        kept_units = next(dropout)
+        if step <= start_step:                              # already taken by the dense network
             continue
 
-        # predict
+        # forward
         x = images.index_select(0, batch.flatten()).unflatten(0, batch.shape)           # faster than images[batch]
         y = labels[batch].repeat_interleave(arms, 0)                                    # (nets, batch)
-        loss = losses(forward(network, weights, x, factors), y)                         # (nets,)
+        loss = cross_entropy_per_network(forward(network, weights, x, kept_units, sparse), y)               # (nets,)
 
         # mask and clip the gradients
-        unmasked = torch.autograd.grad(loss.sum(), list(weights.values()))
-        for name, gradient in zip(weights, unmasked, strict=True):
-            torch.mul(gradient, masks.get(name, 1), out=gradients_of[name])
+        raw_gradients = torch.autograd.grad(loss.sum(), list(weights.values()))
+        for name, gradient in zip(weights, raw_gradients, strict=True):
+            torch.mul(gradient, masks.get(name, 1), out=gradient_views[name])
         if CLIP_NORM is not None:
             clip_per_network(gradients, CLIP_NORM)
 
-        # move the weights
+        # optimizer step
+        if SCHEDULE == "linear":
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (last_step + 1 - step) / last_step
         optimizer.step()
         loss_sum += loss.detach()
-        since += 1
+        steps_since_evaluation += 1
         bar.update(len(networks))
 
-        # look at where they are
+        # evaluate
         if step == REWIND_STEP:
-            early = copied(weights)
+            rewind_weights = to_cpu(weights)
         if step in evaluate_at:
-            evaluations.append((step, *evaluate_all(network, weights, data, loss_sum / since)))
+            metrics = evaluate_all(network, weights, data, loss_sum / steps_since_evaluation, sparse)
+            evaluations.append((step, *metrics))
             check_finite(loss_sum, evaluations[-1], networks, level)
             loss_sum.zero_()
-            since = 0
+            steps_since_evaluation = 0
 
-    return early, copied(weights), evaluations
+    return put_back(rewind_weights, sparse), put_back(to_cpu(weights), sparse), evaluations
 
 
-def evaluation_steps(end: int) -> set[int]:
-    """After which steps of a training to evaluate: accuracy rises fastest at the start, and curves should show it."""
-    return {25, 50, 100, end, *range(EVAL_EVERY, end, EVAL_EVERY)}
+def evaluation_steps(last_step: int) -> set[int]:
+    """Return the steps after which to evaluate: many early ones, for accuracy rises fastest at the start."""
+    return {25, 50, 100, last_step, *range(EVAL_EVERY, last_step, EVAL_EVERY)}
 
 
 def steps_per_epoch() -> int:
-    """Whole batches in an epoch: each epoch's order leaves out another remainder of the training images."""
+    """Return the steps of an epoch: the incomplete last batch is dropped; it differs every epoch."""
     return (60_000 - VALIDATION_SIZE) // BATCH_SIZE
 
 
 def batches(images: int, trials: list[int], level: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches of image numbers (trials, batch): an order of its own for every trial, level and epoch."""
-    orders = [generator("order", trial, level) for trial in trials]
+    """Infinite iterator of index batches (trials, batch), reshuffled per trial, level and epoch."""
+    rngs = [generator("order", trial, level) for trial in trials]
     while True:
-        epoch = torch.stack([torch.randperm(images, generator=order) for order in orders]).to(device)
-        whole = images - images % BATCH_SIZE
-        yield from epoch[:, :whole].split(BATCH_SIZE, dim=1)
+        order = torch.stack([torch.randperm(images, generator=rng) for rng in rngs]).to(device)
+        whole_batches = images - images % BATCH_SIZE
+        yield from order[:, :whole_batches].split(BATCH_SIZE, dim=1)
 
 
-def dropout_factors(network: nn.Sequential, trials: list[int], level: int,
-                    device: torch.device) -> Iterator[list[Tensor]]:
-    """For each step the factors (trials, units, batch) of every dropout layer: 0, or 1 / (1 - DROPOUT), which keeps the
-    mean. Without dropout there are none.
+def dropout_masks(network: nn.Sequential, trials: list[int], level: int,
+                  device: torch.device) -> Iterator[list[Tensor]]:
+    """Yield for each step the masks (trials, units, batch) of all dropout layers; without dropout an empty list.
 
-    Each trial and level draws its own, so that trials are independent; the arms of a trial share them. A 16-bit number
-    decides about a unit: drawn by 64 random bits, they cost a fraction of what `bernoulli_` does.
+    Masks are 0 or 1 / (1 - DROPOUT), which keeps the mean. Each trial and level draws its own, so that trials are
+    independent; the arms of a trial share them. Each unit compares a 16-bit integer with a threshold: drawn 64 random
+    bits at a time, this costs a fraction of `bernoulli_`.
     """
     sizes = [units * BATCH_SIZE for units in dropped_units(network)]
     while DROPOUT == 0 or not sizes:
         yield []
-    randoms = [generator("dropout", trial, level, device) for trial in trials]
+    rngs = [generator("dropout", trial, level, device) for trial in trials]
     bits = torch.empty(len(trials), math.ceil(sum(sizes) / 4), dtype=torch.int64, device=device)
     threshold = round(DROPOUT * 2**16) - 2**15
     while True:
-        for row, random in zip(bits, randoms, strict=True):
-            row.random_(-2**63, None, generator=random)
+        for row, rng in zip(bits, rngs, strict=True):
+            row.random_(-2**63, None, generator=rng)
         kept = bits.view(torch.int16)[:, :sum(sizes)].float().ge_(threshold)            # 1 or 0
-        factors = kept.mul_(1 / (1 - DROPOUT))
-        yield [part.view(len(trials), -1, BATCH_SIZE) for part in factors.split(sizes, dim=1)]
+        masks = kept.mul_(1 / (1 - DROPOUT))
+        yield [part.view(len(trials), -1, BATCH_SIZE) for part in masks.split(sizes, dim=1)]
 
 
-def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each network's mean cross-entropy, (nets,), from logits (nets, batch, 10) and labels (nets, batch)."""
+def cross_entropy_per_network(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each network's mean cross-entropy, (nets,), from logits (nets, batch, 10) and labels (nets, batch)."""
     return F.cross_entropy(logits.mT, labels, reduction="none").mean(1)
 
 
 def clip_per_network(gradients: Tensor, max_norm: float) -> None:
-    """`clip_grad_norm_` for each row of gradients (nets, numbers) alone, in place.
+    """Apply `clip_grad_norm_` to each row of gradients (nets, numbers) separately, in place.
 
     A norm over the whole stack would let one network's large gradient scale down all the others'.
     """
@@ -802,956 +968,1113 @@ def clip_per_network(gradients: Tensor, max_norm: float) -> None:
     gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1))
 
 
-def evaluate_all(network: nn.Sequential, weights: Stack, data: Dataset, train_loss: Tensor) -> list[Tensor]:
-    """train_loss, val_loss, val_accuracy and test_accuracy, (nets,), on the CPU."""
-    val_loss, val_accuracy = evaluate(network, weights, *data["validation"])
-    _, test_accuracy = evaluate(network, weights, *data["test"])
-    return [numbers.cpu() for numbers in (train_loss, val_loss, val_accuracy, test_accuracy)]
+def evaluate_all(network: nn.Sequential, weights: Stack, data: Dataset, train_loss: Tensor,
+                 sparse: dict[str, Survivors]) -> list[Tensor]:
+    """Return train_loss, val_loss, val_accuracy and test_accuracy, (nets,), on the CPU."""
+    val_loss, val_accuracy = evaluate(network, weights, *data["validation"], sparse)
+    _, test_accuracy = evaluate(network, weights, *data["test"], sparse)
+    return [metric.cpu() for metric in (train_loss, val_loss, val_accuracy, test_accuracy)]
 
 
 @torch.no_grad()
-def evaluate(network: nn.Sequential, weights: Stack, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy in percent, both (nets,), of every network on all of the images."""
+def evaluate(network: nn.Sequential, weights: Stack, images: Tensor, labels: Tensor,
+             sparse: dict[str, Survivors] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the loss and the accuracy in percent, both (nets,), of every network on all of the images."""
     nets = len(weights["output.bias"])
     loss = torch.zeros(nets, device=images.device)
     correct = torch.zeros(nets, device=images.device)
     for x, y in zip(images.split(1_000), labels.split(1_000), strict=True):
-        logits = forward(network, weights, x.unsqueeze(0))                              # (nets, batch, 10)
+        logits = forward(network, weights, x.unsqueeze(0), (), sparse)                  # (nets, batch, 10)
         y = y.expand(nets, -1)
-        loss += losses(logits, y) * y.shape[1]
+        loss += cross_entropy_per_network(logits, y) * y.shape[1]
         correct += (logits.argmax(2) == y).sum(1)
     return loss / len(images), 100 * correct / len(images)
 
 
 def check_finite(loss_sum: Tensor, evaluation: tuple, networks: list[Network], level: int) -> None:
-    """Raise UserError where a network's loss, in training or on the validation images, is not finite."""
+    """Raise UserError if a network's loss, in training or on the validation images, is not finite."""
     step, _, val_loss, *_ = evaluation
-    sound = (loss_sum.cpu() + val_loss).isfinite()
-    for (arm, trial), finite in zip(networks, sound.tolist(), strict=True):
+    all_finite = (loss_sum.cpu() + val_loss).isfinite()
+    for (arm, trial), finite in zip(networks, all_finite.tolist(), strict=True):
         if not finite:
             raise UserError(f"training diverged: the loss of {arm}, trial {trial}, at level {level} was not finite by "
-                            f"step {step}. Finished levels are kept; try a LEARNING_RATE below {LEARNING_RATE}.")
+                            f"step {step}. Set LEARNING_RATE below {LEARNING_RATE}, which starts another run.")
 
 
 # ---- Tensors of many networks, and the device ------------------------------------------------------------------------
 
-def stack(networks: list[Weights]) -> Stack:
-    """Single networks' tensors, stacked along a new leading nets dimension."""
-    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
+def stack(tensors: list[Weights]) -> Stack:
+    """Stack single networks' tensors along a new leading nets dimension."""
+    return {name: torch.stack([single[name] for single in tensors]) for name in tensors[0]}
 
 
-def pick(tensors: Stack, n: int | slice) -> Weights | Stack:
-    """The tensors of a stack's n-th network, or of a slice of them."""
+def pick(tensors: Stack, n: int | slice | list[int]) -> Weights | Stack:
+    """Return the tensors of a stack's n-th network, or of several ones."""
     return {name: tensor[n] for name, tensor in tensors.items()}
 
 
-def copied(tensors: Stack) -> Stack:
-    """The same numbers on the CPU, in memory of their own."""
+def to_cpu(tensors: Stack) -> Stack:
+    """Copy tensors to the CPU, into memory of their own."""
     return {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
 
 
-def as_rows(tensors: Stack) -> Tensor:
-    """All numbers of a network in a row of its own, (nets, numbers), filled up with zeros to a multiple of 16.
+def flatten_parameters(tensors: Stack) -> Tensor:
+    """Put all numbers of each network in one row, (nets, numbers), zero-padded to a multiple of 16.
 
-    So AdamW works on one tensor. Its kernel takes 16 numbers at a time and rounds a remainder otherwise: without the
-    filling, a network's last bits would depend on how many others there are in the stack.
+    So AdamW works on one tensor. Its kernel takes 16 numbers at a time and rounds a remainder differently: without the
+    padding, a network's last bits would depend on how many others there are in the stack.
     """
     rows = torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
     return F.pad(rows, (0, -rows.shape[1] % 16))
 
 
-def as_views(rows: Tensor, shapes: Stack) -> Stack:
-    """Parts of rows (nets, numbers) under the names and in the shapes of a stack's tensors; they share the memory."""
+def parameter_views(rows: Tensor, shapes: Stack) -> Stack:
+    """View parts of rows (nets, numbers) under the names and in the shapes of a stack's tensors."""
     views = {}
-    begin = 0
+    start = 0
     for name, tensor in shapes.items():
-        end = begin + tensor[0].numel()
-        views[name] = rows[:, begin:end].unflatten(1, tensor.shape[1:])
-        begin = end
+        end = start + tensor[0].numel()
+        views[name] = rows[:, start:end].unflatten(1, tensor.shape[1:])
+        start = end
     return views
 
 
-def prepare_device() -> torch.device:
-    """DEVICE, set up; several processes take a machine's GPUs in turn. Raises UserError where it cannot be used."""
-    torch.set_flush_denormal(True)      # AdamW's fading moments would slow a CPU down on their way to zero
+def choose_device() -> torch.device:
+    """Return DEVICE; the processes of a machine take its GPUs in turn. Raises UserError if it cannot be used."""
     name = DEVICE
     if DEVICE == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{process()[0] % torch.cuda.device_count()}"
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
-        device = torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"DEVICE={DEVICE} cannot be used here: DEVICE=auto takes what there is.") from None
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False             # for products, PyTorch has it off by itself
-        torch.backends.cudnn.deterministic = True
-        torch.cuda.set_device(device)
-    return device
+        raise UserError(f"DEVICE={DEVICE} cannot be used here; DEVICE=auto takes a GPU if there is one.") from None
+
+
+@contextlib.contextmanager
+def fixed_numerics(device: torch.device) -> Iterator[None]:
+    """Set everything in the process that the numbers depend on, whatever the host program has set; restore it after."""
+    with contextlib.ExitStack() as restored:
+        restored.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        # Decaying moments of AdamW become denormal, which is slow. PyTorch does not tell whether they are flushed.
+        restored.callback(torch.set_flush_denormal, sys.float_info.min / 2 == 0)
+        torch.set_flush_denormal(True)
+        restored.enter_context(torch.inference_mode(False))
+        restored.enter_context(torch.enable_grad())
+        restored.enter_context(torch.autocast(device.type, enabled=False))
+        restored.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        if torch.get_default_device().type != "cpu":
+            restored.enter_context(torch.device("cpu"))
+        if device.type == "cuda":
+            restored.enter_context(torch.cuda.device(device))
+        yield
 
 
 # ======================================================================================================================
-# Here ends what numbers depend on. The sha256 sum of the text from the section on the experiment to this line is a
-# version's name: below it, a figure can be improved without parting committed runs from the code that computed them.
+# End of the code that determines the numbers. Below: reporting only. The sha256 sum of the code from the experiment to
+# this line, without comments and docstrings, is a version's name: figures and texts can be improved without it.
 # ======================================================================================================================
 
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
 
-MAIN = ("rewind", "reinit")           # the arms that the paper's question is about
+MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles speak of these; figures draw them bold, with their spread
+MORE_WEIGHTS = "has more weights"                   # of an arm that is not compared at a level
+NETWORK = ["dataset", "model", "arm", "trial", "level", "weights_remaining"]        # columns that identify a network
 
 
-class Results(NamedTuple):
-    """A run, as its summary and figures need it."""
-    records: pd.DataFrame                 # a row per evaluation, as in metrics.csv
-    networks: pd.DataFrame                # a row per network, by `measure`
-    constants: dict
-    provenance: str                       # what computed it, and on what
-    first_layer: Tensor | None            # (trials, units, pixels): the level at which each weight was pruned; 0: never
-    image: Tensor | None                  # (28, 28): the mean training image; there if first_layer is
+@dataclass
+class Run:
+    """A results folder, as its summary and figures need it."""
+    info: dict                            # run.json: constants, code version, data, library versions, device
+    records: pd.DataFrame                 # metrics.csv: a row per evaluation
+    networks: pd.DataFrame                # networks.csv: a row per network
+    mask: pd.DataFrame | None = None      # mask.csv: a row per level and pixel; None if convolutions come first
 
+    def __post_init__(self) -> None:
+        """Derive what most tables and figures need."""
+        self.constants = self.info["constants"]
+        self.dense = self.networks.loc[self.networks["arm"] == "dense", "test_accuracy"]            # percent, by trial
+        self.arms = [arm for arm in ARM_TABLE if arm in set(self.networks["arm"])]
+        self.controls = [arm for arm in self.arms if arm != "rewind"]
+        tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
+        self.densities = tickets.groupby("level")["weights_remaining"].first()                      # percent, by level
+        self.percent = self.densities.map("{:.1f} %".format)
 
-class Comparison(NamedTuple):
-    """That one arm is ahead of another: more accurate, or sooner at some step."""
-    claim: str
-    ahead: str
-    behind: str
-    measure: str                      # a column of what `measure` gives
-    percent: float                    # of the weights remaining
-    margin: float = 0                 # points that the arm ahead may be behind: 0 for more accurate, else as accurate
-    published: str = ""               # the paper's own figure
-
-
-CLAIMS = (
-    Comparison("Tickets beat dense networks", "rewind", "dense", "stop_accuracy", 13.5, 0, "more than 0.3 points"),
-    Comparison("Tickets match dense networks", "rewind", "dense", "stop_accuracy", 3.6, MATCHING_MARGIN, "they do"),
-    Comparison("Tickets end above dense networks", "rewind", "dense", "final_accuracy", 13.5, 0, "up to 0.35 points"),
-    Comparison("Dense networks beat re-initialised ones", "dense", "reinit", "stop_accuracy", 21.1, 0, "from here on"),
-    Comparison("Tickets beat re-initialised networks", "rewind", "reinit", "stop_accuracy", 21.1, 0, "0.5 points"),
-    Comparison("Tickets beat networks pruned in one shot", "rewind", "oneshot", "stop_accuracy", 7.0, 0, "(curves)"),
-    Comparison("Tickets beat shuffled connections", "rewind", "shuffle", "stop_accuracy", 21.1, 0, "(curves)"),
-    Comparison("Tickets stop before dense networks", "rewind", "dense", "stop_step", 21.1, 0, "38 % earlier"),
-    Comparison("Tickets stop before re-initialised networks", "rewind", "reinit", "stop_step", 21.1, 0, "60 % earlier"),
-    Comparison("Tickets catch up before re-initialised ones", "rewind", "reinit", "catch_up_step", 21.1, 0,
-               "our own claim"))
-
-
-def questions(arms: list[str], percent: float) -> list[Comparison]:
-    """What the other arms are asked at so many percent of the weights: is the ticket ahead of them, as accurate as they
-    are, or they as the ticket?"""
-    asked = []
-    for arm in arms[1:]:
-        kind = ARM_TABLE[arm].kind
-        margin = 0 if kind == "difference" else MATCHING_MARGIN
-        pair = (arm, "rewind") if kind == "enough" else ("rewind", arm)
-        asked.append(Comparison(ARM_TABLE[arm].question, *pair, "stop_accuracy", percent, margin))
-    if "transfer" in arms and "reinit" in arms:
-        asked.append(Comparison("Are they better than a fresh draw?", "transfer", "reinit", "stop_accuracy", percent))
-    return asked
+        # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
+        excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
+        self.compared = self.networks[excess < 1.1]
+        means = self.compared.groupby(["arm", "level"]).mean(numeric_only=True).astype(float).round(6)
+        self.means = means.reindex(pd.MultiIndex.from_product([["dense", *self.arms], self.densities.index],
+                                                              names=["arm", "level"]))
 
 
 def measure(records: pd.DataFrame) -> pd.DataFrame:
-    """A row per network, by arm, level and trial, from a row per evaluation.
+    """Condense metrics.csv, a row per evaluation, to networks.csv, a row per network.
 
-    Test accuracies before the network's own first step (start), after the last (final), and at the lowest validation
-    loss (stop), in whole ten-thousandths of a percent: equal counts of right images are equal numbers. Steps of that
-    stop, and of catching up with the validation accuracy that the trial's dense network ends at; infinite if not yet.
+    A network stops early at its lowest validation loss. Its stop_step is missing if that came in the last 5 % of the
+    training or at one of the last two evaluations: it may still have been improving when training ended. It catches
+    up at its first evaluation with the validation accuracy that the dense network of its trial ends with.
     """
-    network = ["arm", "level", "trial"]
-    records = records.reset_index(drop=True)
-    for column in ("val_accuracy", "test_accuracy"):
-        records[column] = (1e4 * records[column]).round().astype("int64")
+    untrained = records[records["train_loss"].isna()].set_index(NETWORK)
+    records = records[records["train_loss"].notna()].reset_index(drop=True)
+    stop = records.loc[records.groupby(NETWORK)["val_loss"].idxmin()].set_index(NETWORK)
+    last = records.loc[records.groupby(NETWORK, sort=False)["step"].idxmax()].set_index(NETWORK)
 
-    untrained = records["train_loss"].isna()
-    start = records[untrained].set_index(network)
-    records = records[~untrained]
-    last = records.loc[records.groupby(network)["step"].idxmax()].set_index(network)
-    stop = records.loc[records.groupby(network)["val_loss"].idxmin()].set_index(network)
-
-    # A lowest loss so late says only that the training ended there.
     last_steps = records["step"].drop_duplicates().nlargest(2)
     too_late = min(0.95 * last_steps.max(), last_steps.min())
-    stop_step = stop["step"].astype(float).where(stop["step"] < too_late, math.inf)
+    dense = last.xs("dense", level="arm").groupby("trial")["val_accuracy"].first()
+    caught_up = records[records["val_accuracy"] >= records["trial"].map(dense)]
 
-    dense_end = records["trial"].map(last.loc[("dense", 0), "val_accuracy"])
-    caught_up = records[records["val_accuracy"] >= dense_end].groupby(network)["step"].min()
-
-    return pd.DataFrame({
-        "weights_remaining": last["weights_remaining"], "start_accuracy": start["test_accuracy"],
-        "final_accuracy": last["test_accuracy"], "stop_accuracy": stop["test_accuracy"], "stop_step": stop_step,
-        "catch_up_step": caught_up.reindex(last.index).astype(float).fillna(math.inf)}).sort_index()
-
-
-def arms_of(networks: pd.DataFrame) -> list[str]:
-    """The arms of a run, rewind first; none where nothing was pruned."""
-    return [arm for arm in ARM_TABLE if arm in networks.index.unique("arm")]
+    networks = pd.DataFrame({
+        "test_accuracy": stop["test_accuracy"],
+        "stop_step": stop["step"].where(stop["step"] < too_late).astype("Int64"),
+        "untrained_test_accuracy": untrained["test_accuracy"],
+        "final_test_accuracy": last["test_accuracy"],
+        "catch_up_step": caught_up.groupby(NETWORK)["step"].first().astype("Int64"),
+    })
+    return networks.reindex(last.index).reset_index()
 
 
-def values(networks: pd.DataFrame, column: str, arm: str, level: int) -> np.ndarray:
-    """A measure of an arm's networks at a level, (trials,); at level 0 all arms are the dense networks."""
-    if arm == "dense" or level == 0:
-        return networks.loc[("dense", 0), column].to_numpy()
-    return networks.loc[(arm, level), column].to_numpy()
-
-
-def remaining(networks: pd.DataFrame, level: int, arm: str = "rewind") -> float:
-    """Percent of weights remaining in an arm at a level."""
-    return values(networks, "weights_remaining", arm, level)[0]
-
-
-def levels_of(networks: pd.DataFrame) -> list[int]:
-    """The levels of a run, 0 (dense) first."""
-    return sorted(networks.index.unique("level"))
-
-
-def levels_near(networks: pd.DataFrame, *percents: float) -> list[int]:
-    """The levels nearest to so many percent of weights remaining, each once; level 0 only where there is no other."""
-    pruned = np.array([remaining(networks, level) for level in levels_of(networks)[1:]])
-    if len(pruned) == 0:
+def levels_near(run: Run, *percents: float) -> list[int]:
+    """Return the pruned levels nearest to some densities, each once; [0] if nothing was pruned."""
+    pruned = np.log(run.densities.drop(0))
+    if pruned.empty:
         return [0]
-    return sorted({1 + int(np.abs(np.log(pruned / percent)).argmin()) for percent in percents})
+    return sorted({int((pruned - math.log(percent)).abs().idxmin()) for percent in percents})
 
 
-def level_near(networks: pd.DataFrame, percent: float) -> int:
-    """The level nearest to so many percent of weights remaining."""
-    return levels_near(networks, percent)[0]
+def by_trial(run: Run, column: str) -> pd.DataFrame:
+    """Pivot a column of networks.csv: a row per level and trial, a column per arm, dense networks at every level."""
+    wide = run.compared.pivot(index=["level", "trial"], columns="arm", values=column).astype(float)
+    wide = wide.reindex(columns=["dense", *run.arms])
+    wide["dense"] = wide["dense"].groupby("trial").transform("max")
+    return wide
 
 
-def leads(networks: pd.DataFrame, ahead: str, behind: str, level: int, column: str = "stop_accuracy") -> np.ndarray:
-    """How many points of test accuracy one arm is ahead of another, (trials,); nan for a small dense
-    network that has more weights than the ticket."""
-    if "small" in (ahead, behind) and remaining(networks, level, "small") > 1.1 * remaining(networks, level):
-        return np.full(len(values(networks, column, behind, level)), math.nan)
-    return (values(networks, column, ahead, level) - values(networks, column, behind, level)) / 1e4
+def confidence_interval(differences: pd.Series) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of paired differences by Student's t, in points.
+
+    It is (nan, nan) for fewer than three differences, and if all are equal: no spread, no estimate of the error.
+    """
+    if len(differences) < 3 or differences.nunique() < 2:
+        return math.nan, math.nan
+    half_width = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
+    return differences.mean() - half_width, differences.mean() + half_width
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences (trials,), and half its 95 % interval by Student's t; with one trial that is nan."""
-    error = pd.Series(differences).sem()
-    return differences.mean(), stats.t.ppf(0.975, len(differences) - 1) * error
+def decide(low: float, high: float) -> dict[str, str]:
+    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y and whether it matches y.
+
+    The "word" says both at once, for tables. An interval of nan decides nothing.
+    """
+    answers = {"word": "inconclusive", "beats": "inconclusive", "matches": "inconclusive"}
+    if high < 0:
+        answers = {"word": "behind", "beats": "contradicted", "matches": "behind, size open"}
+    if high < -MATCHING_MARGIN:
+        answers["matches"] = "contradicted"
+    if low > -MATCHING_MARGIN:
+        answers |= {"word": "as good", "matches": "supported"}
+    if low > 0:
+        answers |= {"word": "ahead", "beats": "supported"}
+    return answers
 
 
-def decide(differences: np.ndarray, margin: float = 0) -> str:
-    """Is the true mean of paired differences (trials,) above -margin: "yes", "no" or "undecided"?"""
-    if len(differences) < 3 or np.ptp(differences) == 0:
-        return "undecided"
-    mean, half = interval(differences)
-    if mean - half > -margin:
-        return "yes"
-    return "no" if mean + half < -margin else "undecided"
+def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataFrame:
+    """Compare two arms at each pruned level, by differences x - y within trials.
+
+    Returns a row per level: mean, low and high of the interval in points, their text, and what `decide` says.
+    """
+    wide = by_trial(run, column).drop(0)
+    differences = (wide[x] - wide[y]).round(4)              # equal counts of correctly classified images compare equal
+    rows = {}
+    for level, of_level in differences.groupby("level"):
+        mean = of_level.mean()
+        low, high = confidence_interval(of_level)
+        text = f"{round(mean, 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}"       # + 0.0 turns -0.0 into 0.0
+        if math.isnan(mean):
+            text = MORE_WEIGHTS
+        rows[level] = {"mean": mean, "low": low, "high": high, "text": text.removesuffix(" ± nan"), **decide(low, high)}
+    columns = ["mean", "low", "high", "text", "word", "beats", "matches"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def decide_steps(first: np.ndarray, second: np.ndarray) -> str:
-    """Does the first of two steps, both (trials,), come sooner: "yes", "no" or "undecided"? By a sign test."""
-    for answer, wins in (("yes", first < second), ("no", second < first)):
-        # Ties, and pairs of which neither was reached, count for neither side, and stay in n.
-        if stats.binomtest(int(wins.sum()), len(wins), alternative="greater").pvalue <= 0.05:
-            return answer
-    return "undecided"
+def compare_steps(run: Run, x: str, y: str, level: int) -> tuple[str, str]:
+    """Decide by an exact sign test, 2.5 % on each side, whether arm x stops sooner than arm y.
+
+    Returns both medians in words, and the answer. Ties, and pairs of which neither stopped, are failures of both.
+    """
+    steps = by_trial(run, "stop_step").loc[level].fillna(math.inf)
+    medians = [f"{steps[arm].median():,.0f}".replace("inf", "not reached") for arm in (x, y)]
+    answer = "inconclusive"
+    for word, wins in (("supported", steps[x] < steps[y]), ("contradicted", steps[y] < steps[x])):
+        if stats.binomtest(int(wins.sum()), len(wins), alternative="greater").pvalue <= 0.025:
+            answer = word
+    return f"sooner in {(steps[x] < steps[y]).sum()} of {len(steps)}; medians {' and '.join(medians)}", answer
 
 
-def compare(networks: pd.DataFrame, comparison: Comparison) -> tuple[str, str]:
-    """What a run says to a comparison: its own figure in words, and "yes", "no" or "undecided"."""
-    level = level_near(networks, comparison.percent)
-    pair = (comparison.ahead, comparison.behind)
-    if comparison.measure in ("stop_step", "catch_up_step"):
-        steps = [values(networks, comparison.measure, arm, level) for arm in pair]
-        return steps_in_words(*steps), decide_steps(*steps)
-    lead = leads(networks, *pair, level, comparison.measure)
-    return points(lead), decide(lead, comparison.margin)
+def early_stops(run: Run) -> list[pd.DataFrame]:
+    """Return how many early stops were not reached, and median, first and last step; each by level and arm.
+
+    A median is missing if half of the trials or more have not reached theirs.
+    """
+    steps = by_trial(run, "stop_step")
+    missing = steps.isna().groupby("level").sum()
+    medians = steps.fillna(math.inf).groupby("level").median().replace(math.inf, math.nan)
+    return [missing, medians, steps.groupby("level").min(), steps.groupby("level").max()]
 
 
-def why_untested(networks: pd.DataFrame, comparison: Comparison) -> str:
-    """Why a run cannot test a comparison; nothing where it can."""
-    compared = (comparison.ahead, comparison.behind)
-    for arm in compared:
-        if arm not in ("dense", *arms_of(networks)):
-            return f"no {arm} networks"
-    level = level_near(networks, comparison.percent)
-    if abs(math.log(remaining(networks, level) / comparison.percent)) > math.log(1.25):
-        return f"no level near {comparison.percent} %"
-    if np.isnan(leads(networks, *compared, level)).any():
-        return "has more weights"
-    if all(np.isinf(np.median(values(networks, comparison.measure, arm, level))) for arm in compared):
-        return "not reached by most networks"
-    return ""
+def early_stops_reached(run: Run) -> bool:
+    """Return whether most tickets stopped before training ended, at most levels."""
+    _, medians, *_ = early_stops(run)
+    return bool(run.arms) and bool(medians["rewind"].drop(0).notna().mean() > 0.5)
 
 
-def matching(networks: pd.DataFrame, arm: str, level: int) -> str:
-    """Whether an arm "matches" the dense networks at a level, is "below" them, or "undecided"."""
-    lead = leads(networks, arm, "dense", level)
-    if decide(lead, MATCHING_MARGIN) == "yes":
-        return "matches"
-    return "below" if decide(lead) == "no" else "undecided"
+def beaten_or_not(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
+    """Return the controls that tickets beat at a level, and those that they do not."""
+    rows = {arm: compare(run, "rewind", arm, column).loc[level] for arm in run.controls}
+    beaten = [arm for arm, row in rows.items() if row["beats"] == "supported"]
+    others = [arm for arm, row in rows.items() if row["beats"] != "supported" and row["text"] != MORE_WEIGHTS]
+    return beaten, others
 
 
-# ---- Summary ---------------------------------------------------------------------------------------------------------
+# ---- Words of figures and summary ------------------------------------------------------------------------------------
 
-def label(results: Results, arm: str) -> str:
-    """What an arm is called in the tables and figures of this run."""
+def label(run: Run, arm: str) -> str:
+    """Return an arm's name in figures."""
     if arm == "dense":
         return "dense network"
-    words = as_rewound(results, ARM_TABLE[arm].label)
-    # Where they come from is known from the summary: all that there is when a folder is drawn again.
-    found = re.search(r"^Transferred tickets: DATASET = '(\w+)'", results.provenance, re.MULTILINE)
-    if arm == "transfer" and found and found[1] != results.constants["DATASET"]:
-        words = f"ticket from {found[1].replace('FashionMNIST', 'Fashion-MNIST')}"
-    return words
+    if arm == "transfer" and run.info["tickets_from"]["constants"]["DATASET"] != run.constants["DATASET"]:
+        return f"ticket from {spell(run.info['tickets_from']['constants']['DATASET'])}"
+    if ARM_TABLE[arm].late:
+        return name_weights(run, ARM_TABLE[arm].label)
+    return ARM_TABLE[arm].label
 
 
-def as_rewound(results: Results, text: str) -> str:
-    """A text on original weights, as it is true of a run that rewinds to a later step: there it names that step."""
-    step = results.constants["REWIND_STEP"]
+def name_weights(run: Run, text: str) -> str:
+    """Replace "original" by the step that the run rewinds to, unless that is step 0."""
+    step = run.constants["REWIND_STEP"]
     if step > 0:
-        text = re.sub("original (initial )?weights", f"weights of step {step}", text)
+        text = text.replace("original weights", f"weights of step {step}")
         text = text.replace("original values", f"values of step {step}")
-        text = text.replace("untrained tickets", f"tickets at step {step}")
     return text
 
 
-def run_in_words(results: Results) -> str:
-    """What identifies a run."""
-    constants = results.constants
-    pixels = {"standardised": "standardised pixels", "unit_interval": "pixels from 0 to 1",
-              "unit_length": "images of unit length"}[constants["PIXELS"]]
-    words = [constants["DATASET"].replace("FashionMNIST", "Fashion-MNIST"), build_network(constants["MODEL"], 0).name,
-             pixels, count(constants["EPOCHS"], "epoch")]
+def plural(run: Run, arm: str) -> str:
+    """Return what titles and sentences call the networks of the dense and the main arms."""
+    if arm == "transfer":
+        return label(run, arm).replace("ticket", "tickets")
+    return {"dense": "dense networks", "rewind": "tickets", "reinit": "re-initialised networks"}[arm]
+
+
+def spell(dataset: str) -> str:
+    """Return a dataset's name as it is written in English."""
+    return dataset.replace("FashionMNIST", "Fashion-MNIST")
+
+
+def describe_run(run: Run) -> str:
+    """Return the words that identify a run."""
+    constants = run.constants
+    pixels = {"unit_interval": "pixels from 0 to 1", "unit_length": "unit-norm images"}
+    words = [spell(constants["DATASET"]), build_network(constants["MODEL"], 0).name,
+             pixels.get(constants["PIXELS"], "standardised pixels"), count(constants["EPOCHS"], "epoch")]
+    if constants["SCHEDULE"] == "linear":
+        words.append("learning rate falls to zero")
+    if constants["PRUNE_SCOPE"] == "global":
+        words.append("global pruning")
     if constants["REWIND_STEP"] > 0:
         words.append(f"rewound to step {constants['REWIND_STEP']}")
-    return ", ".join(words)
+    return ", ".join([*words, count(len(run.dense), "trial")])
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things."""
+    """Return a number of things in words."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def left(results: Results, level: int) -> str:
-    """Weights remaining in the ticket at a level."""
-    return f"{remaining(results.networks, level):.1f} %"
+def listing(words: list[str], conjunction: str) -> str:
+    """Join words as English does: "a, b and c"."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
-def mean_accuracy(networks: pd.DataFrame, column: str, arm: str, level: int) -> str:
-    """Mean over the trials, in percent."""
-    return f"{values(networks, column, arm, level).mean() / 1e4:.2f}"
+def capitalise(text: str) -> str:
+    """Return a text with its first letter in upper case."""
+    return text[0].upper() + text[1:]
 
 
-def points(differences: np.ndarray) -> str:
-    """Mean of differences (trials,), and half its 95 % interval where there is one."""
-    if np.isnan(differences).any():
-        return "has more weights"
-    return "{:+.2f} ± {:.2f}".format(*interval(differences)).removesuffix(" ± nan")
+def contrast(run: Run, values: pd.Series, form: str) -> str:
+    """Set a number of the dense networks against those of the main arms with a fifth of the weights."""
+    level, = levels_near(run, 21.1)
+    words = [f"{plural(run, arm)} {form.format(values[arm])}".replace("nan", "not reached")
+             for arm in ("dense", *MAIN_ARMS) if arm in values]
+    if len(words) == 1:
+        return words[0]
+    return f"{words[0]}; with {run.percent[level]} of the weights, {listing(words[1:], 'and')}"
 
 
-def median_step(steps: np.ndarray) -> str:
-    """Median of steps (trials,)."""
-    return f"{np.median(steps):.0f}".replace("inf", "not reached")
+def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
+    """Say where tickets beat and match the dense networks, or from where on the networks of another arm fall behind."""
+    who = plural(run, arm)
+    table = compare(run, arm, "dense", column)
+    matches = table.index[table["matches"] == "supported"]
+    behind = behind_from(run, arm, column)
+    if behind and (arm != "rewind" or matches.empty):
+        return f"{who} fall behind dense networks at {behind} of the weights and sparser"
+    if matches.empty:
+        return f"it is inconclusive whether {who} match dense networks"
+
+    sparsest = run.percent[matches.max()]
+    beats = ""
+    for level in levels_near(run, 13.5, 21.1):              # fixed densities, so that no lucky level is picked
+        if table.loc[level, "beats"] == "supported":
+            beats = run.percent[level]
+    if beats == sparsest:
+        return f"{who} beat dense networks with {beats} of the weights"
+    where = f"with as little as {sparsest}"
+    if len(matches) < matches.max():                        # not at all denser levels, too
+        where = f"at {len(matches)} of {len(table)} levels, the sparsest with {sparsest}"
+    if beats:
+        return f"{who} beat dense networks with {beats} of the weights and match them {where}"
+    return f"{who} match dense networks {where} of the weights"
 
 
-def steps_in_words(first: np.ndarray, second: np.ndarray) -> str:
-    """How much sooner the first of two steps comes, both (trials,)."""
-    sooner = (first < second).sum()
-    words = f"sooner in {sooner} of {len(first)}; medians {median_step(first)} and {median_step(second)}"
-    later = np.median(first) / np.median(second) - 1        # -1 or infinite where a median was not reached
-    if -1 < later < math.inf and later != 0:
-        words += f", {100 * abs(later):.0f} % {'later' if later > 0 else 'earlier'}"
-    return words
-
-
-def matches_in_words(results: Results, arm: str) -> tuple[str, str]:
-    """Down to where an arm matches the dense networks, and from where on it is below them."""
-    down_to = "at no level"
-    below = ""
-    for level in levels_of(results.networks)[1:]:
-        answer = matching(results.networks, arm, level)
-        if answer == "matches":
-            down_to = f"down to {left(results, level)} of the weights"
-        if answer != "below":
-            below = ""
-        elif not below:
-            below = left(results, level)
-    return down_to, below
-
-
-def verdict(results: Results) -> list[str]:
-    """The answer in plain words: sentences."""
-    networks = results.networks
-    arms = arms_of(networks)
-    dense = values(networks, "stop_accuracy", "dense", 0) / 1e4
-    sentences = [f"Dense networks reach {dense.mean():.2f} % test accuracy at early stop (mean of "
-                 f"{count(len(dense), 'trial')}, {dense.min():.2f} to {dense.max():.2f})."]
-    if not arms:
-        return sentences
-    if len(dense) < 3:
-        sentences.append("Fewer than three trials decide nothing.")
-    for arm in MAIN:
-        if arm in arms and len(dense) >= 3:
-            down_to, below = matches_in_words(results, arm)
-            sentence = f"Networks {label(results, arm)} match the dense ones {down_to}"
-            if below:
-                sentence += f", and are below them from {below} on"
-            sentences.append(f"{sentence}.")
-
-    level = level_near(networks, 21.1)
-    where = f"With {left(results, level)} of the weights"
-    rivals = {"dense": "dense networks", "reinit": "re-initialised ones",
-              "transfer": f"those with a {label(results, 'transfer')}"}
-    lead_over = [f"{points(leads(networks, 'rewind', arm, level))} over {words}"
-                 for arm, words in rivals.items() if arm in ("dense", *arms)]
-    sentences.append(f"{where}, the ticket's lead in points is {', '.join(lead_over)}.")
-    if len(arms) > 3 and len(dense) >= 3:
-        sentences.append(f"{where}, the ticket is ahead of {beaten(networks, level)}.")
-    start = mean_accuracy(networks, "start_accuracy", "rewind", level)
-    sentences.append(as_rewound(results, f"{where}, untrained tickets, masked only, have {start} % test accuracy."))
-    return sentences
-
-
-def beaten(networks: pd.DataFrame, level: int) -> str:
-    """How many arms the ticket is ahead of."""
-    others = arms_of(networks)[1:]
-    ahead_of = [arm for arm in others if decide(leads(networks, "rewind", arm, level)) == "yes"]
-    if ahead_of == others:
-        return "all other arms"
-    return f"{len(ahead_of)} of {len(others)} other arms"
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of words, without its index; nothing where it has no rows."""
-    if table.empty:
-        return ""
-    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
-
-
-def claims(results: Results) -> str:
-    """A table of the claims that this run can test, and why it cannot test the others."""
-    networks = results.networks
-    rows = []
-    untested = []
-    for comparison in CLAIMS:
-        reason = why_untested(networks, comparison)
-        if reason:
-            untested.append(f"{comparison.claim} ({reason})")
-            continue
-        level = level_near(networks, comparison.percent)
-        ours, answer = compare(networks, comparison)
-        answer = {"yes": "borne out", "no": "contradicted"}.get(answer, answer)
-        rows.append([comparison.claim, left(results, level), comparison.published, ours, answer])
-    text = markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
-    if untested:
-        text += f"Not tested here: {'; '.join(untested)}.\n\n"
-    return text
-
-
-def answers(results: Results) -> str:
-    """A table of the questions to the other arms, answered at a few levels."""
-    networks = results.networks
-    arms = arms_of(networks)
-    names = {arm: f"{label(results, arm)} (`{arm}`)" for arm in arms}
-    table = pd.DataFrame([[asked.claim, names[asked.ahead], names[asked.behind]] for asked in questions(arms, 21.1)],
-                         columns=["question", "lead of", "over"])
-    for level in levels_near(networks, 21.1, 7.0, 3.6):
-        table[f"at {left(results, level)}"] = [
-            why_untested(networks, asked) or ": ".join(compare(networks, asked))
-            for asked in questions(arms, remaining(networks, level))]
-    return markdown(table)
-
-
-def level_table(results: Results, arms: list[str]) -> str:
-    """A row per level of some arms; more is said of the two main ones."""
-    networks = results.networks
-    levels = levels_of(networks)[1:]
-    with_steps = early_stops_reached(networks)
-    table = pd.DataFrame({"weights remaining": [left(results, level) for level in levels]})
-    for arm in arms:
-        table[f"{arm}, %"] = [mean_accuracy(networks, "stop_accuracy", arm, level) for level in levels]
-        if arm in MAIN:
-            table[f"{arm} - dense"] = [
-                f"{points(leads(networks, arm, 'dense', level))}, {matching(networks, arm, level)}" for level in levels]
-        if arm != "rewind":
-            table[f"rewind - {arm}"] = [points(leads(networks, "rewind", arm, level)) for level in levels]
-        if with_steps:
-            table[f"{arm}, step"] = [median_step(values(networks, "stop_step", arm, level)) for level in levels]
-    if "rewind" in arms:
-        table["rewind, masked only, %"] = [
-            mean_accuracy(networks, "start_accuracy", "rewind", level) for level in levels]
-    return markdown(table)
-
-
-def early_stops_reached(networks: pd.DataFrame) -> bool:
-    """Whether most of the ticket's early stops were reached, at most levels."""
-    return np.isfinite(networks.loc["rewind", "stop_step"].groupby("level").median()).mean() > 0.5
-
-
-HOW_TO_READ = f"""![Test accuracy versus weights remaining](comparison_plot.png)
-
-- *Rewind* is the ticket: the surviving connections with their original initial weights. *Reinit* has the same
-  connections with a fresh draw of weights.
-- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; "end" is after
-  the last step. Steps are medians. If the lowest loss comes in the last 5 % of the training, or at one of the last two
-  evaluations, the step of early stop counts as not reached. A network *catches up* at its first evaluation with the
-  validation accuracy that its trial's dense network ends at.
-- Differences are taken within each trial, in points: their mean ± half of its 95 % interval (Student's t). Intervals
-  hold for one test set and one validation split, and each level by itself.
-- An arm *matches* the dense networks where the whole interval lies above -{MATCHING_MARGIN} points; else it is *below*
-  them where the whole of it lies under 0. "Down to" names the sparsest level that matches, "from ... on" the first of
-  those that are all below; single levels between may be anything.
-- A claim is *borne out*, a question answered *yes*, where the whole interval lies above 0 (for "match", "enough",
-  "carry over" and "lose nothing": above -{MATCHING_MARGIN}); *contradicted*, or *no*, where all of it is below that.
-  On steps an exact sign test decides (one-sided, 5 %). All else is *undecided*. It is the direction that is tested, not
-  the size. "Beat" means more accurate; the paper's figures are for LeNet-300-100 on MNIST, by its own protocol.
-"""
-
-
-def summary(results: Results) -> str:
-    """summary.md: the verdict, the picture, the claims and questions with their answers, a row per level, constants."""
-    constants = results.constants
-    arms = arms_of(results.networks)
-    others = [arm for arm in arms if arm not in MAIN]
-    finished = levels_of(results.networks)[-1]
-    text = f"# {run_in_words(results)}, {count(constants['TRIALS'], 'trial')}: {', '.join(arms) or 'dense'}\n\n"
-    if finished < constants["LEVELS"]:
-        text += f"**Unfinished: these are levels 0 to {finished} of {constants['LEVELS']}.**\n\n"
-    text += "\n".join(f"- {sentence}" for sentence in verdict(results)) + "\n\n"
-    if arms:
-        text += as_rewound(results, HOW_TO_READ)
-        if constants["REWIND_STEP"] > 0:
-            early = ", ".join(arm for arm in ARM_TABLE if not ARM_TABLE[arm].late)
-            text += f"- From step 0 start, whatever the others are rewound to: {early}.\n"
-        text += "\n## The paper's claims\n\n" + claims(results)
-        if others:
-            text += "## What the other arms tell\n\n" + as_rewound(results, answers(results))
-        text += "## Level by level\n\n" + level_table(results, [arm for arm in arms if arm not in others])
-        if others:
-            text += f"<details>\n<summary>The other arms</summary>\n\n{level_table(results, others)}</details>\n\n"
-    lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
-    return text + f"## Constants and versions\n\n```\n{lines}\n```\n\n" + results.provenance.rstrip("\n") + "\n"
+def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
+    """Return the density from which on an arm is behind the dense networks at every level; empty if there is none."""
+    table = compare(run, arm, "dense", column)
+    last_kept_up = max(table.index[table["word"] != "behind"], default=0)
+    return run.percent.get(last_kept_up + 1, "")
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
+SIZE = (12, 6.75)                         # inches, 16:9
+BOX = {"left": 0.085, "right": 0.725, "bottom": 0.1, "top": 0.79}       # of the axes; names of lines on their right
+GREY = "0.35"                             # of the dense networks, and of what belongs to no arm
 STYLE = {
-    "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "figure.titlesize": 16, "figure.titleweight": "bold",
-    "axes.titlesize": 13, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.88"}
-GREY = "0.35"                         # of the dense networks, and of what belongs to no arm
+    "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9"}
 
 
-def draw_figures(results: Results) -> dict[str, Figure]:
-    """Every figure that the run gives, by file name."""
-    arms = arms_of(results.networks)
-    drawn = [learning_curves]
-    if arms:
-        drawn += [comparison_plot, accuracy_plot_iterative, supermask_plot]
-    if "reinit" in arms:
-        drawn.append(accuracy_plot_reinit)
-    if len(arms) > 2:
-        drawn.append(leads_plot)
-    if arms and early_stops_reached(results.networks):
-        drawn.append(early_stopping_plot)
-    if arms and results.first_layer is not None:
-        drawn.append(mask_plot)
-    return {f"{plot.__name__}.png": plot(results) for plot in drawn}
-
-
-def new_figure(title: str, grey: str, panels: list[str], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure of a size (inches) and its row of axes: a title, a grey line under it, panels."""
-    figure = Figure(figsize=size, layout="constrained")     # apart from pyplot: a notebook's own figures stay
-    figure.suptitle(wrap(title, min(75, int(6.8 * size[0]))), x=0.012, ha="left")
-    body = figure.subfigures()
-    body.suptitle(wrap(grey, int(11 * size[0])), x=0.012, ha="left", color="0.4", size=12, weight="normal")
-    row = body.subplots(1, len(panels), squeeze=False)[0]
-    for axes, words in zip(row, panels, strict=True):
-        axes.set_title(words)
-    return figure, row
-
-
-def shown_of(results: Results, shown: str) -> str:
-    """What identifies the run, and what is shown of its trials."""
-    return f"{run_in_words(results)}; {shown} of {count(results.constants['TRIALS'], 'trial')}"
-
-
-def wrap(words: str, letters: int) -> str:
-    """Lines of so many letters at most; a number and its % stay together."""
-    return textwrap.fill(words.replace(" %", "\u00a0%"), letters, break_on_hyphens=False)
-
-
-def drawn_as(arm: str) -> dict:
-    """How an arm is drawn in every figure; the two main arms are the boldest."""
+def colour_of(arm: str) -> str:
+    """Return an arm's colour."""
     if arm == "dense":
-        return {"color": GREY, "linestyle": "--"}
-    style = {"color": ARM_TABLE[arm].colour, "marker": ARM_TABLE[arm].marker, "markeredgecolor": "white"}
-    if arm in MAIN:
-        return style | {"linewidth": 2.8, "markersize": 9, "zorder": 3}
-    return style | {"linewidth": 1.6, "markersize": 7, "zorder": 2.5}
+        return GREY
+    return ARM_TABLE[arm].colour
+
+
+def text_colour(colour: str) -> np.ndarray:
+    """Return a colour (red, green, blue), darkened until its contrast with white is 4.5 to 1 (WCAG 2)."""
+    rgb = np.array(to_rgb(colour))
+    luminance = 1.0
+    while 1.05 / (luminance + 0.05) < 4.5:
+        rgb = 0.98 * rgb
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return rgb
+
+
+def look(arm: str) -> dict:
+    """Return how an arm's line is drawn in every figure."""
+    colour = colour_of(arm)
+    style = {"color": colour, "marker": "o", "markeredgecolor": colour, "markersize": 4, "linewidth": 1.5, "zorder": 2}
+    if arm != "dense":
+        style["marker"] = ARM_TABLE[arm].marker
+    if arm in MAIN_ARMS:
+        style |= {"markeredgecolor": "white", "markersize": 8, "linewidth": 2.6, "zorder": 3}
+    return style
+
+
+def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
+    """Return a figure with a title, a grey line that identifies the run, and a grid of axes in the same place."""
+    figure = Figure(figsize=SIZE)                           # apart from pyplot: a notebook's own figures stay
+    title = capitalise(title).replace(" %", "\u00a0%")
+    lines = textwrap.wrap(title, 90, break_on_hyphens=False)
+    shortest = math.ceil(len(title) / len(lines))           # balanced lines: none of two words
+    while len(textwrap.wrap(title, shortest, break_on_hyphens=False)) > len(lines):
+        shortest += 1
+    title = textwrap.fill(title, shortest, break_on_hyphens=False)
+    figure.text(0.012, 0.895, title, size=16, weight="bold", va="bottom", linespacing=1.2)
+    grey = textwrap.fill(f"{describe_run(run)}. {shown}", 145, break_on_hyphens=False)
+    figure.text(0.012, 0.882, grey, size=11, color="0.4", va="top")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
+    return figure, axes
+
+
+def scale_density(axes: Axes, run: Run) -> None:
+    """Put the weights remaining on a log axis, dense networks on the left, with a tick at the last level."""
+    last = run.densities.min()
+    ticks = [tick for tick in (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1) if tick > 1.2 * last]
+    axes.set(xscale="log", xlim=(110, last / 1.1), xlabel="weights remaining (%)")
+    axes.set_xticks([*ticks, last], [*[f"{tick:g}" for tick in ticks], f"{last:.1f}"])
+    axes.minorticks_off()
 
 
 def name_lines(axes: Axes, names: list[tuple[float, str, str]]) -> None:
-    """Write names, (end of the line, words, colour), beside axes with limits and scale; none overlaps another."""
-    inches = 0.66 * axes.figure.figure.get_figheight()                # about the axes' own height
-    names = [(end, wrap(words, 24), colour) for end, words, colour in sorted(names)]
-    ends = np.array([(axes.transScale + axes.transLimits).transform((1, end))[1] for end, _, _ in names])
-    sizes = np.array([(0.2 * words.count("\n") + 0.22) / inches for _, words, _ in names])
-    places = ends.copy()
-    for _ in range(500):
-        overlaps = ((sizes[1:] + sizes[:-1]) / 2 - np.diff(places)).clip(min=0)
-        places[1:] += overlaps / 3
-        places[:-1] -= overlaps / 3
-        places = places.clip(sizes / 2 - 0.1, 1 - sizes / 2)
-    for (_, words, colour), end, place in zip(names, ends, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(words, (1, end), (1.04, place), "axes fraction", color=colour, size=12, va="center",
-                      annotation_clip=False, arrowprops=line)
+    """Write names, (height of the line's end, words, colour), on the right of axes, pushed apart if they are close."""
+    if not names:
+        return
+    names = sorted(names)
+    to_axes = axes.transScale + axes.transLimits
+    heights = np.array([to_axes.transform((1, height))[1] for height, _, _ in names]).clip(0, 1)
+    line = 0.25 / (axes.get_position().height * SIZE[1])                    # height of a line of text, in axes
+    sizes = np.array([line * (1 + words.count("\n")) for _, words, _ in names])
+    gaps = np.cumsum(sizes) - sizes / 2 - line / 2
+    places = gaps + isotonic_regression(heights - gaps).x.clip(0, 1 - gaps[-1])         # least squares, in order
+    for (_, words, colour), height, place in zip(names, heights, places, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(words, (1, height), (BOX["right"] + 0.022, place), "axes fraction",
+                      ("figure fraction", "axes fraction"), color=text_colour(colour), size=12, va="center",
+                      annotation_clip=False, arrowprops=leader)
 
 
-def scale_weights_remaining(axes: Axes, networks: pd.DataFrame) -> None:
-    """Log axis of the weights remaining, from 100 % on the left to the sparsest level."""
-    sparsest = networks["weights_remaining"].min()
-    ticks = (100, 50, 20, 10, 5, 3, 2, 1, 0.5, 0.2, 0.1)
-    if sparsest > 40:
-        ticks = (100, 90, 80, 70, 60, 50)
-    ticks = [tick for tick in ticks if tick > 0.98 * sparsest]
-    axes.set(xscale="log", xlim=(107, sparsest / 1.03), xlabel="weights remaining (%)")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+def curves(run: Run) -> pd.DataFrame:
+    """Return the compared networks, dense ones once as the beginning of each arm's line."""
+    dense = run.compared[run.compared["arm"] == "dense"]
+    pruned = run.compared[run.compared["level"] > 0]
+    return pd.concat([*[dense.assign(arm=arm) for arm in run.arms], pruned], ignore_index=True)
 
 
-def draw_arm(axes: Axes, results: Results, arm: str, column: str, visible: bool = True) -> tuple[float, str, str]:
-    """Draw mean accuracies (and the main arms' ranges) or median steps; out come end, name and colour of the line."""
-    networks = results.networks
-    levels = levels_of(networks)
-    percents = [remaining(networks, level, "rewind" if arm == "dense" else arm) for level in levels]
-    there = np.stack([values(networks, column, arm, level) for level in levels])
-    if column in ("stop_step", "catch_up_step"):
-        middle = np.minimum(np.median(there, 1), 1.1 * results.records["step"].max())
-    else:
-        there = there / 1e4
-        middle = there.mean(1)
-        if arm in MAIN:
-            axes.fill_between(percents, there.min(1), there.max(1), color=ARM_TABLE[arm].colour, alpha=0.2,
-                              linewidth=0, visible=visible)
-    axes.plot(percents, middle, visible=visible, **drawn_as(arm))
-    return middle[-1], label(results, arm), drawn_as(arm)["color"]
+def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any) -> None:
+    """Draw each arm's mean over the trials; of dense networks and main arms a range as a band, an interval as bars."""
+    for arm in table["arm"].unique():
+        style = look(arm)
+        if x == "step":
+            style["marker"] = ""
+        if arm == "dense":
+            style["linestyle"] = "--"
+        spread = errorbar
+        if arm not in ("dense", *MAIN_ARMS):
+            spread = None
+        if errorbar is confidence_interval:
+            style |= {"err_style": "bars", "err_kws": {"elinewidth": 1.5}, "markersize": 6}
+        sns.lineplot(table[table["arm"] == arm], x=x, y=y, errorbar=spread, ax=axes, **style)
 
 
-def accuracy_limits(networks: pd.DataFrame, arms: list[str]) -> tuple[float, float]:
-    """The accuracies from which to which some arms are shown: at most twice the range of the main ones."""
-    main = networks.loc[networks.index.isin(["dense", *MAIN], "arm"), "stop_accuracy"] / 1e4
-    means = networks.loc[arms, "stop_accuracy"].groupby(["arm", "level"]).mean() / 1e4
-    high = max(main.max(), means.max())
-    low = max(min(main.min(), means.min()), high - 2 * max(np.ptp(main), 0.5))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def accuracy_plot(results: Results, shown: list[str]) -> Figure:
-    """Test accuracy at early stop versus weights remaining. All arms have their place, those shown are drawn."""
-    networks = results.networks
-    arms = arms_of(networks)
-    same_mask = [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls in ("weights", "both")]
-    other_mask = [arm for arm in arms if arm in MAIN or ARM_TABLE[arm].controls in ("mask", "both")]
-    panels = {"": arms}
-    if len(arms) > 4 and arms not in (same_mask, other_mask):
-        panels = {"Same connections, other weights": same_mask, "Other connections": other_mask}
-        if shown != arms:                                   # of single arms, the main ones, both panels have the same
-            panels = {"": same_mask}
-    size = (14, 6.4) if len(panels) > 1 else (10, 5.6)
-
-    grey = shown_of(results, "means, and ranges where shaded,")
-    figure, row = new_figure(accuracy_title(results, shown), grey, list(panels), size)
-    for axes, there in zip(row, panels.values(), strict=True):
-        scale_weights_remaining(axes, networks)
-        low, high = accuracy_limits(networks, there)
-        axes.set(ylim=(low, high), ylabel="test accuracy at early stop (%)")
-        names = []
-        for arm in ("dense", *there):
-            end, words, colour = draw_arm(axes, results, arm, "stop_accuracy", visible=arm in ("dense", *shown))
-            if arm == "dense":
-                words = f"{words}, {end:.2f} %"
-            elif end < low:
-                words = f"{words}, {end:.1f} % ↓"
-            if arm not in ("dense", *shown):
-                colour = "none"                             # the name keeps its room: the axes stay the same
-            names.append((max(end, low), words, colour))
-        name_lines(axes, names)
-    return figure
-
-
-def accuracy_title(results: Results, shown: list[str]) -> str:
-    """Down to where the main arms among those shown match the dense networks: two lines in every picture."""
-    names = [label(results, arm) for arm in MAIN if arm in shown]
-    if results.constants["TRIALS"] < 3:
-        return f"Networks {' or '.join(names)}: too few trials to tell what matches"
-    title = f"Networks {names[0]} match the dense ones {matches_in_words(results, shown[0])[0]}"
-    second = "transfer" if "transfer" in shown else "reinit"
-    if second not in shown or shown == [second]:
-        return title
-
-    down_to, below = matches_in_words(results, second)
-    who = "re-initialised ones"
-    are = "are"
-    if second == "transfer":
-        title = title.removesuffix(" of the weights")
-        who = f"a {label(results, 'transfer')}"
-        are = "is"
-    if below:
-        return f"{title}; {who} {are} below from {below} on"
-    return f"{title}, {who} {down_to}"
-
-
-def comparison_plot(results: Results) -> Figure:
-    """All arms."""
-    return accuracy_plot(results, arms_of(results.networks))
-
-
-def accuracy_plot_iterative(results: Results) -> Figure:
-    """The ticket, on the axes of the comparison."""
-    return accuracy_plot(results, ["rewind"])
-
-
-def accuracy_plot_reinit(results: Results) -> Figure:
-    """The re-initialised networks, on the axes of the comparison."""
-    return accuracy_plot(results, ["reinit"])
-
-
-def supermask_plot(results: Results) -> Figure:
-    """Test accuracy before an arm's first step: what its mask and its weights are good for without training."""
-    networks = results.networks
-    best = networks["start_accuracy"].groupby(["arm", "level"]).mean().groupby("arm").max() / 1e4
-    title = as_rewound(results, "untrained tickets").capitalize() + f" have up to {best['rewind']:.1f} % test accuracy"
-    figure, (axes,) = new_figure(title, shown_of(results, "means, and ranges where shaded,"), [""], (10, 5.6))
-    scale_weights_remaining(axes, networks)
-    axes.set(ylim=(0, 100), ylabel="test accuracy when masked only (%)")
-    axes.axhline(10, color=GREY, linestyle=":")
-    arms = [arm for arm in arms_of(networks) if arm != "finetune"]              # that one has been trained
-    ends = {arm: draw_arm(axes, results, arm, "start_accuracy") for arm in arms}
-    guessing = [label(results, arm) for arm in arms if best[arm] < 20]
-    chance = "chance (10 %)"
-    if guessing:
-        chance += f": {'; '.join(guessing)}"
-    name_lines(axes, [(10, chance, GREY), *[ends[arm] for arm in arms if best[arm] >= 20]])
-    return figure
-
-
-def leads_plot(results: Results) -> Figure:
-    """The ticket's lead over each arm at a few levels, sorted by the first one: means and 95 % intervals."""
-    networks = results.networks
-    levels = levels_near(networks, 21.1, 7.0, 3.6)
-    panels = [f"{left(results, level)} of the weights" for level in levels]
-    arms = sorted(arms_of(networks)[1:], key=lambda arm: -values(networks, "stop_accuracy", arm, levels[0]).mean())
-    behind = [f'"{label(results, arm)}"' for arm in arms if decide(leads(networks, arm, "rewind", levels[0])) == "yes"]
-    title = f"With {panels[0]}, the ticket is ahead of {beaten(networks, levels[0])}"
-    if len(behind) in (1, 2):
-        title += f", behind {' and '.join(behind)}"
-    if results.constants["TRIALS"] < 3:
-        title = "The ticket's lead over other arms: too few trials to tell"
-    figure, row = new_figure(title, shown_of(results, "differences in test accuracy: means and 95 % intervals"), panels,
-                             (14, 2.8 + 0.42 * len(arms)))
-    for axes, level in zip(row, levels, strict=True):
-        axes.axvline(0, color=GREY, linestyle="--")
-        for place, arm in enumerate(arms):
-            mean, half = interval(leads(networks, "rewind", arm, level))
-            look = drawn_as(arm) | {"markersize": 6, "markeredgecolor": "none", "linewidth": 1.6}
-            axes.errorbar(mean, place, xerr=half, capsize=6, **look)               # a narrow interval shows, too
-        axes.set(yticks=[], ylim=(-0.6, len(arms) - 0.4), xlabel="lead of the ticket (points)")
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-    row[0].set_yticks(range(len(arms)), [label(results, arm) for arm in arms])
-    return figure
-
-
-def leads_over_dense(runs: list[Results]) -> Figure:
-    """The ticket's lead over the dense networks in several runs. They are named by what they do not share, or by their
-    folders where that would leave one without a name or two with the same."""
-    words = [[*run_in_words(run).split(", "), count(run.constants["TRIALS"], "trial")] for run in runs]
-    shared = [word for word in words[0] if all(word in others for others in words)]
-    names = [", ".join(word for word in own if word not in shared) for own in words]
-    if "" in names or len(set(names)) < len(runs):
-        names = [run.constants["RESULTS_DIR"] for run in runs]
-
-    near = [leads(run.networks, "rewind", "dense", level_near(run.networks, 13.5)).mean() for run in runs]
-    where = left(runs[0], level_near(runs[0].networks, 13.5))
-    title = f"Near {where} of the weights, tickets' mean lead is {min(near):+.2f} to {max(near):+.2f} points, by run"
-    figure, (axes,) = new_figure(title, f"{', '.join(shared)}; means and 95 % intervals", [""], (10, 5.6))
-    scale_weights_remaining(axes, pd.concat([run.networks for run in runs]))
-    axes.axhline(0, color=GREY, linestyle="--")
-
-    ends = []
-    for n, colour in enumerate(sns.color_palette("crest", len(runs))):
-        networks = runs[n].networks
-        levels = levels_of(networks)[1:]
-        percents = [remaining(networks, level) * 1.02**n for level in levels]           # side by side
-        intervals = np.array([interval(leads(networks, "rewind", "dense", level)) for level in levels])
-        axes.errorbar(percents, intervals[:, 0], intervals[:, 1], color=colour, marker="os^DvX"[n % 6], capsize=3)
-        ends.append((intervals[-1, 0], names[n], colour))
-    axes.set(ylim=axes.get_ylim(), ylabel="lead over dense networks (points)")
-    name_lines(axes, ends)
-    return figure
-
-
-def learning_curves(results: Results) -> Figure:
-    """Test accuracy while training, at a few levels."""
-    networks = results.networks
-    levels = levels_near(networks, 51.3, 21.1, 7.0, 3.6)
-    title_level = level_near(networks, 21.1)
-    step, means = early_accuracies(results, title_level)
-    title = f"At step {step}, dense networks have {means['dense']:.1f} % test accuracy"
-    if "rewind" in means:
-        title += f", tickets with {left(results, title_level)} of the weights {means['rewind']:.1f} %"
-    if "reinit" in means:
-        title += f", re-initialised ones {means['reinit']:.1f} %"
-    figure, row = new_figure(title, shown_of(results, "means, and ranges where shaded,"),
-                             [f"{left(results, level)} of the weights" for level in levels],
-                             (max(10, 2.5 + 3.1 * len(levels)), 5.8))
-    for axes, level in zip(row, levels, strict=True):
-        names = learning_panel(axes, results, level)
-        axes.axvline(step, color="0.8", zorder=0)                       # the title speaks of this step
-        axes.tick_params(labelleft=axes is row[0])
-    row[0].set(ylabel="test accuracy (%), stretched towards 100")
-    name_lines(row[-1], names)
-    return figure
-
-
-def early_accuracies(results: Results, level: int) -> tuple[int, pd.Series]:
-    """An early step, 100 where it can be, and the mean test accuracies then: of dense networks, and arms at a level."""
-    records = results.records
-    rows = records[(records["level"] == level) | (records["arm"] == "dense")]
-    means = rows.pivot_table(index="step", columns="arm", values="test_accuracy").dropna()
-    late = means.index[means.index >= max(100, results.constants["REWIND_STEP"] + 1)]
-    step = late.min() if len(late) > 0 else means.index.max()
-    return step, means.loc[step]
-
-
-def learning_panel(axes: Axes, results: Results, level: int) -> list[tuple[float, str, str]]:
-    """The learning curves of a level; the axes are stretched at the first steps and towards 100 %."""
-    records = results.records
+def end_names(axes: Axes, run: Run, table: pd.DataFrame, y: str) -> list[tuple[float, str, str]]:
+    """Return names of arms for `name_lines`; what ends below the axes gets its value and an arrow."""
     names = []
-    for arm in ("dense", *arms_of(results.networks)):
-        rows = records[(records["arm"] == arm) & (records["level"].isin([level, 0]))]
-        sns.lineplot(rows, x="step", y="test_accuracy", ax=axes, markevery=1 + rows["step"].nunique() // 10,
-                     errorbar=("pi", 100) if arm in MAIN else None, **drawn_as(arm))
-        end = values(results.networks, "final_accuracy", arm, level).mean() / 1e4
-        names.append((end, label(results, arm), drawn_as(arm)["color"]))
-
-    steps = np.unique(records["step"])
-    ticks = [0, steps[1], *[tick for tick in (100, 1_000, 10_000, 100_000) if steps[1] < tick <= steps[-1]]]
-    axes.set_xscale("symlog", linthresh=steps[1], linscale=0.4)
-    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axes.set_yscale("function", functions=(
-        lambda percent: -np.log(np.maximum(100.5 - percent, 1e-9)), lambda y: 100.5 - np.exp(-y)))
-    axes.set_yticks([10, 50, 70, 80, 85, 90, 95, 98, 99])
-    axes.minorticks_off()
-    axes.set(xlim=(0, 1.05 * steps[-1]), xlabel="training step (log)", ylabel="")
-    axes.set_ylim(0, min(99.8, records["test_accuracy"].max() + 0.3))
+    for arm, rows in table.groupby("arm", sort=False):
+        end = rows.loc[rows["level"] == rows["level"].max(), y].mean()
+        words = label(run, arm)
+        if end < axes.get_ylim()[0]:
+            words += f", {end:.1f} ↓"
+        names.append((end, words, colour_of(arm)))
     return names
 
 
-def early_stopping_plot(results: Results) -> Figure:
-    """Median steps of early stop, and of catching up with the dense networks, versus weights remaining."""
-    last = results.records["step"].max()
-    level = level_near(results.networks, 21.1)
-    stops = []
-    for arm, words in {"rewind": "tickets", "reinit": "re-initialised networks", "dense": "dense ones"}.items():
-        if arm in results.networks.index.unique("arm"):
-            step = median_step(values(results.networks, "stop_step", arm, level))
-            stops.append(f"in {words} at step {step}".replace("at step not reached", "not before the end"))
-    title = f"With {left(results, level)} of the weights, validation loss is lowest {', '.join(stops)}"
-    panels = {"stop_step": "Step of the lowest validation loss",
-              "catch_up_step": "First step at the dense network's final validation accuracy"}
-    figure, row = new_figure(title, shown_of(results, "medians"), list(panels.values()), (14, 6))
-    for axes, column in zip(row, panels, strict=True):
-        scale_weights_remaining(axes, results.networks)
-        axes.set(ylim=(0, 1.2 * last), ylabel="training step")
-        ticks = [tick for tick in axes.get_yticks() if tick <= last]
-        axes.set_yticks([*ticks, 1.1 * last], [*[f"{tick:.0f}" for tick in ticks], "not by\nthe end"])
-        arms = ("dense", *arms_of(results.networks))
-        name_lines(axes, [draw_arm(axes, results, arm, column) for arm in arms])
+def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> Figure | None:
+    """Draw test accuracy versus weights remaining and, below, the leads over dense networks that decide the title.
+
+    The scales are those of all arms, so that pictures of single arms can be shown one after the other.
+    """
+    if not run.arms or not set(shown) <= set(run.arms):
+        return None
+    note = "Above: means and ranges of trials; below: means and 95 % intervals"
+    figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.08)
+    table = curves(run)
+    draw_accuracies(axes[0, 0], run, table, shown, column)
+    draw_leads(axes[1, 0], run, table, shown, column)
+    scale_density(axes[1, 0], run)
+    figure.align_ylabels()
     return figure
 
 
-def mask_plot(results: Results) -> Figure:
-    """Where weights of the first layer remain: the share left at each pixel over the mean of all pixels."""
-    levels = levels_near(results.networks, 51.3, 21.1, 7.0, 3.6)
-    panels = [f"{left(results, level)} of the weights" for level in levels]
-    shares = [masks_at({"first": results.first_layer}, level)["first"].mean((0, 1)) for level in levels]
-    bright = results.image.flatten().topk(len(shares[-1]) // 4).indices
-    held = 100 * shares[-1][bright].sum() / shares[-1].sum()
-    title = f"With {panels[-1]}, the brightest quarter of the pixels has {held:.0f} % of the first layer's connections"
-    panels = ["mean training image", *panels]
-    figure, row = new_figure(title, shown_of(results, "means"), panels, (max(10, 2.7 * len(panels) + 1.2), 4.3))
-    row[0].imshow(results.image.numpy(), cmap="gray")
-    for axes, share in zip(row[1:], shares, strict=True):
-        relative = (share / share.mean()).clip(0.5, 2).view(28, 28).numpy()
-        picture = axes.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
-    for axes in row:
-        axes.set_axis_off()
-    bar = figure.colorbar(picture, ax=row[-1], label="connections kept")
-    bar.set_ticks([0.5, 1, 2], labels=["half\nor less", "average", "twice\nor more"])
+def accuracy_title(run: Run, shown: list[str], column: str) -> str:
+    """Say what came out of the arms shown."""
+    level, = levels_near(run, 21.1)
+    if len(run.dense) < 3:
+        means = by_trial(run, column).loc[level].mean().round(6)
+        return f"Test accuracy of {contrast(run, means[['dense', *shown]], '{:.2f} %')} (too few trials to decide)"
+    title = against_dense(run, shown[0], column)
+    if column == "final_test_accuracy":
+        title = f"after the last step, {title}"
+    second = ""
+    if "transfer" in shown[1:]:
+        second = against_dense(run, "transfer", column)
+    elif set(shown) - set(MAIN_ARMS):
+        second = f"with {run.percent[level]}, they beat {controls_beaten(run, level, column)}"
+    elif "reinit" in shown[1:]:
+        second = against_dense(run, "reinit", column)
+    if second:
+        title += f"; {second.replace(' dense networks', '').replace(' of the weights', '')}"
+    return title
+
+
+def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> str:
+    """Say how many controls the tickets beat at a level."""
+    beaten, others = beaten_or_not(run, level, column)
+    if not others:
+        return "every control"
+    return f"{len(beaten)} of {count(len(beaten) + len(others), 'control')}"
+
+
+def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
+    """Draw the accuracies of some arms on the scale of all."""
+    dense = run.compared.loc[run.compared["arm"] == "dense", column]
+    main = table.loc[table["arm"].isin(MAIN_ARMS), column]
+    high = max(main.max(), run.means[column].max())
+    low = min(main.min(), run.means[column].min(), high - 0.5)
+    low = max(low, high - 2 * max(0.5, high - main.min()))  # controls far below the main arms leave the axes
+    axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+
+    axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.12, linewidth=0)
+    axes.axhline(dense.mean(), color=GREY, linestyle="--")
+    drawn = table[table["arm"].isin(shown)]
+    draw_arms(axes, drawn, "weights_remaining", column, ("pi", 100))
+    when = "after the last step" if column == "final_test_accuracy" else "at early stop"
+    axes.set_ylabel(f"test accuracy {when} (%)")
+    dense_name = (dense.mean(), f"dense network, {dense.mean().round(6):.2f} %", GREY)
+    name_lines(axes, [dense_name, *end_names(axes, run, drawn, column)])
+
+
+def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
+    """Draw the main arms' leads over the dense networks, and the bounds that decide."""
+    dense = run.compared[run.compared["arm"] == "dense"].set_index("trial")[column]
+    main = table[table["arm"].isin(MAIN_ARMS)]
+    main = main.assign(lead=(main[column] - main["trial"].map(dense)).round(4))
+    highest = max(compare(run, arm, "dense", column)[["mean", "high"]].max(axis=None) for arm in main["arm"].unique())
+    axes.set(ylim=(-1.05, min(2.5, max(0.5, 1.1 * highest))), ylabel="lead (points)")
+    axes.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
+
+    axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
+    axes.axhline(0, color=GREY, linestyle="--")
+    drawn = main[main["arm"].isin(shown)]
+    draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval)
+    names = [(0, "interval above 0: better", GREY),
+             (-MATCHING_MARGIN, f"interval above -{MATCHING_MARGIN}: as good", GREY)]
+    names += [name for name in end_names(axes, run, drawn, "lead") if name[0] < -1.05]
+    name_lines(axes, names)
+
+
+def comparison_plot(run: Run) -> Figure | None:
+    """Draw all arms."""
+    return accuracy_plot(run, run.arms)
+
+
+def accuracy_plot_iterative(run: Run) -> Figure | None:
+    """Draw the tickets, on the axes of the comparison."""
+    return accuracy_plot(run, ["rewind"])
+
+
+def accuracy_plot_reinit(run: Run) -> Figure | None:
+    """Draw the re-initialised networks, on the axes of the comparison."""
+    return accuracy_plot(run, ["reinit"])
+
+
+def final_accuracy_plot(run: Run) -> Figure | None:
+    """Draw the comparison after the last step, as in the paper's figure 4, if networks stopped early before it."""
+    if not early_stops_reached(run):
+        return None
+    return accuracy_plot(run, run.arms, "final_test_accuracy")
+
+
+def supermask_plot(run: Run) -> Figure | None:
+    """Draw test accuracy before training: what masks and weights are good for by themselves."""
+    if not run.arms:
+        return None
+    column = "untrained_test_accuracy"
+    table = curves(run)
+    table = table[table["arm"] != "finetune"]               # it has been trained
+    level, = levels_near(run, 21.1)
+    step = run.constants["REWIND_STEP"]
+    start = "Without any training" if step == 0 else f"At step {step}, where training starts"
+    weights = name_weights(run, "original weights")
+    title = (f"{start}, {run.percent[level]} of the {weights} reach {run.means.loc[('rewind', level), column]:.0f} % "
+             "test accuracy under the ticket's mask")
+    if "reinit" in run.arms:
+        title += f", new weights {run.means.loc[('reinit', level), column]:.0f} %"
+    figure, ((axes,),) = new_figure(run, title, "Means, and ranges of trials")
+
+    axes.set(ylim=(0, 100))
+    axes.axhline(10, color=GREY, linestyle=":")
+    draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
+    best = run.means[column].groupby("arm").max()
+    names = end_names(axes, run, table[table["arm"].map(best) >= 20], column)
+    guessing = [label(run, arm) for arm in run.arms if arm in set(table["arm"]) and best[arm] < 20]
+    words = ":\n".join(["chance, 10 %", *guessing[:1]])
+    name_lines(axes, [*names, (10, ",\n".join([words, *guessing[1:]]), GREY)])
+    axes.set_ylabel("test accuracy before training (%)")
+    scale_density(axes, run)
+    return figure
+
+
+def learning_curves(run: Run) -> Figure:
+    """Draw test error while training, both on log axes, at a few levels."""
+    levels = levels_near(run, 51.3, 21.1, 7.0, 3.6)
+    records = run.records[run.records["train_loss"].notna()]
+    records = records.assign(error=100 - records["test_accuracy"])
+    note = "Means, and ranges of trials"
+    if len(run.arms) > 4:                                   # too many for small panels
+        records = records[records["arm"].isin(["dense", *MAIN_ARMS])]
+        note += "; other controls are not shown"
+    level, = levels_near(run, 21.1)
+    means = records[records["level"].isin([0, level])].pivot_table(index="step", columns="arm", values="error").dropna()
+    step = min(means.index, key=lambda step: abs(step - 100))
+    title = f"Test error after {step} steps: {contrast(run, means.loc[step], '{:.1f} %')}"
+    figure, axes = new_figure(run, title, note, 1, len(levels), wspace=0.08)
+    steps = [step for step in (100, 1000, 10_000, 100_000) if step <= records["step"].max()]
+    if len(steps) < 3:
+        steps.insert(0, records["step"].min())
+    errors = [error for error in (90, 50, 20, 10, 5, 2, 1) if error > 0.8 * records["error"].min()]
+
+    for panel, level in zip(axes[0], levels, strict=True):
+        draw_arms(panel, records[records["level"].isin([0, level])], "step", "error", ("pi", 100))
+        panel.axvline(step, color="0.8", zorder=0)          # the title speaks of this step
+        panel.set(xscale="log", yscale="log", xlabel="training step", ylabel="test error (%)",
+                  title=f"{run.percent[level]} of weights")
+        panel.set_xticks(steps, [f"{step:,}".replace(",000", "k") for step in steps])
+        panel.set_yticks(errors, errors)
+        panel.minorticks_off()
+        panel.label_outer()
+    final = records[(records["step"] == records["step"].max()) & records["level"].isin([0, levels[-1]])]
+    name_lines(axes[0, -1], end_names(axes[0, -1], run, final, "error"))
+    return figure
+
+
+def leads_plot(run: Run) -> Figure | None:
+    """Draw the tickets' leads over dense networks and controls at a few levels, sorted by the densest of these."""
+    if len(run.controls) < 2:
+        return None
+    levels = levels_near(run, 21.1, 7.0, 3.6)
+    leads = {arm: compare(run, "rewind", arm).loc[levels] for arm in ("dense", *run.controls)}
+    means = pd.DataFrame({arm: table["mean"] for arm, table in leads.items()})
+    arms = list(means.iloc[0].sort_values().index)          # the largest lead at the top
+    largest, second = means.stack().nlargest(2)
+    limit = math.inf
+    if largest > 1.8 * second > 0:                          # would squeeze all others
+        limit = 1.2 * second
+    beaten, others = beaten_or_not(run, levels[0])
+    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {controls_beaten(run, levels[0])}"
+    if beaten and len(others) in (1, 2):
+        title += f", but not {listing([f'“{label(run, arm)}”' for arm in others], 'or')}"
+    if len(run.dense) < 3:
+        title = "Leads of tickets: too few trials to decide"
+    figure, ((axes,),) = new_figure(run, title, "Means and 95 % confidence intervals", left=0.27, right=0.93)
+
+    axes.axvspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
+    axes.axvline(0, color=GREY, linestyle="--")
+    for n, level in enumerate(levels):
+        share = (n + 3) / (len(levels) + 2)                 # of the arm's colour: the sparser, the stronger
+        axes.plot([], [], "o", color=str(1 - share), label=f"{run.percent[level]} of the weights")
+        for row, arm in enumerate(arms):
+            mean, low, high = leads[arm].loc[level, ["mean", "low", "high"]]
+            place = row + 0.25 * (1 - n)
+            colour = share * np.array(to_rgb(colour_of(arm))) + 1 - share
+            if mean > limit:
+                axes.text(limit, place, f" {mean:.1f} →", va="center", size=12)
+            else:
+                axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=colour, marker="o", elinewidth=2)
+    if limit < math.inf:
+        axes.set_xlim(right=limit)
+    axes.set_yticks(range(len(arms)), [label(run, arm) for arm in arms])
+    for text, arm in zip(axes.get_yticklabels(), arms, strict=True):
+        text.set_color(text_colour(colour_of(arm)))
+    axes.set_xlabel("lead of the tickets in test accuracy (points)")
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, frameon=False)
+    return figure
+
+
+def early_stopping_plot(run: Run) -> Figure | None:
+    """Draw early-stopping steps, medians and ranges, and in a strip above how many trials have not reached theirs."""
+    if not early_stops_reached(run):
+        return None
+    missing, medians, shortest, longest = early_stops(run)
+    level, = levels_near(run, 21.1)
+    title = f"Median early-stopping step: {contrast(run, medians.loc[level], '{:,.0f}')}"
+    note = "Medians and ranges of the trials that stopped before training ended"
+    figure, axes = new_figure(run, title, note, 2, height_ratios=(len(run.arms) + 1, 16), hspace=0.05)
+    strip, lower = axes[:, 0]
+    strip.set(ylim=(-len(run.arms) + 0.4, 0.6), yticks=[])
+    strip.set_ylabel("not\nreached", rotation=0, ha="right", va="center")
+    strip.tick_params(axis="x", length=0)
+    lower.set(ylim=(0, run.records["step"].max()), ylabel="early-stopping step")
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+
+    dense = medians.loc[0, "dense"]
+    lower.axhline(dense, color=GREY, linestyle="--")
+    lower.errorbar(100, dense, [[dense - shortest.loc[0, "dense"]], [longest.loc[0, "dense"] - dense]], **look("dense"))
+    names_above = []
+    names = [(dense, "dense network", GREY)]
+    for row, arm in enumerate(run.arms):
+        levels = run.densities.index[1:]
+        x = run.densities[levels] * 1.15 ** (0.5 - (row + 0.5) / len(run.arms))         # side by side
+        middle = medians.loc[levels, arm]
+        spread = [middle - shortest.loc[levels, arm], longest.loc[levels, arm] - middle]
+        lower.errorbar(x, middle, spread, elinewidth=1.2, **look(arm))
+        if middle.notna().iloc[-1]:
+            names.append((middle.iloc[-1], label(run, arm), colour_of(arm)))
+        absent = missing.loc[levels, arm]
+        for level in absent.index[absent > 0]:
+            strip.text(x[level], -row, absent[level], color=text_colour(colour_of(arm)), size=11, ha="center",
+                       va="center")
+        if absent.any():
+            names_above.append((-row, label(run, arm), colour_of(arm)))
+    name_lines(lower, names)
+    name_lines(strip, names_above)
+    scale_density(lower, run)
+    return figure
+
+
+def mask_plot(run: Run) -> Figure | None:
+    """Draw where the first layer's connections remain: their share at each pixel over the mean of all pixels."""
+    if run.mask is None or not run.arms:
+        return None
+    levels = levels_near(run, 51.3, 21.1, 7.0, 3.6)
+    shares = run.mask.pivot(index="pixel", columns="level", values="share_remaining")
+    image = run.mask.groupby("pixel")["mean_intensity"].first()
+    bright = image.nlargest(len(image) // 4).index
+    sparsest = shares[levels[-1]]
+    title = (f"With {run.percent[levels[-1]]} of the weights, the brightest quarter of the pixels keeps "
+             f"{100 * sparsest[bright].sum() / sparsest.sum():.0f} % of the connections (25 % by chance)")
+    figure, axes = new_figure(run, title, "Means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.78,
+                              hspace=0.17, wspace=0.02)
+
+    picture, *panels = axes.flat
+    picture.imshow(image.to_numpy().reshape(28, 28), cmap="gray")
+    picture.set_title("mean training image")
+    for panel, level in zip(panels, levels, strict=False):
+        relative = shares[level].to_numpy().reshape(28, 28) / shares[level].mean()
+        drawn = panel.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
+        panel.set_title(f"{run.percent[level]} of the weights")
+    for panel in axes.flat:
+        panel.set_axis_off()
+    bar = figure.colorbar(drawn, ax=panels[-1], location="top", extend="both", fraction=0.5)
+    bar.set_ticks([0.5, 1, 2], labels=["half", "average", "twice"])
     bar.minorticks_off()
+    bar.set_label("connections kept at a pixel", labelpad=10)
     return figure
 
+
+FIGURES = (learning_curves, comparison_plot, accuracy_plot_iterative, accuracy_plot_reinit, final_accuracy_plot,
+           supermask_plot, leads_plot, early_stopping_plot, mask_plot)
+
+
+# ---- Summary ---------------------------------------------------------------------------------------------------------
+
+class Claim(NamedTuple):
+    """That arm x beats or matches arm y, or stops before it."""
+    text: str
+    x: str
+    relation: str                         # "beats", "matches" or "stops before"
+    y: str
+    percent: float                        # of the weights remaining
+    published: str = ""                   # what the paper reports
+    column: str = "test_accuracy"         # of networks.csv
+
+
+PAPER_CLAIMS = (
+    Claim("Tickets beat dense networks", "rewind", "beats", "dense", 13.5, "more than 0.3 points"),
+    Claim("Tickets match dense networks", "rewind", "matches", "dense", 3.6, "yes"),
+    Claim("Tickets beat dense networks after the last step", "rewind", "beats", "dense", 13.5, "up to 0.35 points",
+          "final_test_accuracy"),
+    Claim("Dense networks beat re-initialised networks", "dense", "beats", "reinit", 21.1, "at this level and sparser"),
+    Claim("Tickets beat re-initialised networks", "rewind", "beats", "reinit", 21.1, "0.5 points"),
+    Claim("Tickets beat one-shot pruning", "rewind", "beats", "oneshot", 7.0, "shown as curves"),
+    Claim("Tickets beat shuffled connections", "rewind", "beats", "shuffle_mask", 21.1, "shown as curves"),
+    Claim("Tickets stop before dense networks", "rewind", "stops before", "dense", 21.1, "38 % earlier"),
+    Claim("Tickets stop before re-initialised networks", "rewind", "stops before", "reinit", 21.1, "60 % earlier"))
+
+
+def verdict(run: Run) -> list[str]:
+    """Say in plain sentences what came out."""
+    dense = run.dense
+    sentences = [f"Dense networks reach {dense.mean().round(6):.2f} % test accuracy at early stop (mean of "
+                 f"{count(len(dense), 'trial')}; range {dense.min():.2f} to {dense.max():.2f})."]
+    if len(dense) < 3:
+        sentences.append("At least three trials are needed for any conclusion.")
+    if not run.arms:
+        return sentences
+
+    main = [arm for arm in MAIN_ARMS if arm in run.arms]
+    if len(dense) >= 3:
+        for arm in main:
+            sentence = against_dense(run, arm)
+            if arm == "rewind" and behind_from(run, arm) and "behind" not in sentence:
+                sentence += f"; they fall behind at {behind_from(run, arm)} and sparser"
+            sentences.append(f"{capitalise(sentence)}.")
+    level, = levels_near(run, 21.1)
+    given = f"with {run.percent[level]} of the weights"
+    leads = [lead_in_words(run, arm, level) for arm in ("dense", *main[1:])]
+    sentences.append(f"{capitalise(given)}, tickets {'; they '.join(leads)}.")
+    if len(dense) >= 3 and set(run.controls) - set(MAIN_ARMS):
+        sentences.append(f"{capitalise(given)}, tickets {beaten_in_words(run, level)}.")
+    untrained = by_trial(run, "untrained_test_accuracy").loc[level].mean().round(6)
+    sentences.append(f"Test accuracy before training: {contrast(run, untrained, '{:.2f} %')}.")
+    return sentences
+
+
+def lead_in_words(run: Run, arm: str, level: int) -> str:
+    """Say how the tickets compare with an arm at a level."""
+    row = compare(run, "rewind", arm).loc[level]
+    size = row["text"].lstrip("+-")
+    if row["word"] == "ahead":
+        return f"beat {plural(run, arm)} by {size} points"
+    if row["word"] == "behind":
+        return f"trail {plural(run, arm)} by {size} points"
+    return f"differ from {plural(run, arm)} by {row['text']} points ({row['word']})"
+
+
+def beaten_in_words(run: Run, level: int) -> str:
+    """Say which controls the tickets beat at a level."""
+    beaten, others = beaten_or_not(run, level)
+    text = f"beat {listing(beaten, 'and') or 'no control'}"
+    if beaten and others:
+        text += f", but not {listing(others, 'or')}"
+    return text
+
+
+def why_untested(run: Run, claim: Claim) -> str:
+    """Return the reason why a run cannot test a claim; empty if it can."""
+    for arm in (claim.x, claim.y):
+        if arm not in ("dense", *run.arms):
+            return f"the run has no `{arm}` arm"
+    level, = levels_near(run, claim.percent)
+    if abs(math.log(run.densities[level] / claim.percent)) > math.log(1.25):
+        return f"no level is near {claim.percent} % of the weights"
+    if claim.relation == "stops before":
+        if len(run.dense) < 6:
+            return "at least six trials are needed to decide about steps"
+        if by_trial(run, "stop_step").loc[level, [claim.x, claim.y]].isna().mean().min() > 0.5:
+            return "most networks were still improving when training ended"
+    return ""
+
+
+def judge(run: Run, claim: Claim) -> tuple[str, str]:
+    """Return what a run measured about a claim, and the answer."""
+    level, = levels_near(run, claim.percent)
+    if claim.relation == "stops before":
+        return compare_steps(run, claim.x, claim.y, level)
+    row = compare(run, claim.x, claim.y, claim.column).loc[level]
+    return row["text"], row[claim.relation]
+
+
+def claims_section(run: Run) -> str:
+    """Return the table of the paper's claims, and the reasons why some were not tested; nothing for other networks."""
+    if (run.constants["DATASET"], run.constants["MODEL"]) != ("MNIST", "mlp"):
+        return ""
+    rows = []
+    untested = ""
+    for claim in PAPER_CLAIMS:
+        reason = why_untested(run, claim)
+        if reason:
+            untested += f"- {claim.text}: {reason}.\n"
+            continue
+        level, = levels_near(run, claim.percent)
+        rows.append([claim.text, run.percent[level], claim.published, *judge(run, claim)])
+    text = "## The paper's claims\n\n"
+    text += markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
+    if untested:
+        text += f"Not tested in this run:\n\n{untested}\n"
+    return text
+
+
+def controls_section(run: Run) -> str:
+    """Return a table that answers each control's question at a few levels."""
+    rows = []
+    levels = levels_near(run, 21.1, 7.0, 3.6)
+    for arm in run.controls:
+        x, relation, y = [arm if word == "arm" else word for word in ARM_TABLE[arm].claim.split()]
+        cells = []
+        for level in levels:
+            number, answer = judge(run, Claim("", x, relation, y, run.densities[level]))
+            answer = {"supported": "yes", "contradicted": "no"}.get(answer, answer)
+            cells.append(f"{number}: {answer}" if number != MORE_WEIGHTS else number)
+        rows.append([name_weights(run, ARM_TABLE[arm].question), f"{x} - {y}", *cells])
+    headings = [f"at {run.percent[level]}" for level in levels]
+    return "## Controls\n\n" + markdown(pd.DataFrame(rows, columns=["question", "difference", *headings]))
+
+
+def level_table(run: Run, arms: list[str]) -> str:
+    """Return a table of some arms with a row per level; the main arms are compared with dense networks, too."""
+    table = pd.DataFrame({"weights remaining": run.percent.drop(0)})
+    for arm in arms:
+        table[f"{arm}, %"] = run.means.loc[arm, "test_accuracy"].map("{:.2f}".format).replace("nan", "")
+        pairs = []
+        if arm in MAIN_ARMS:
+            pairs.append((arm, "dense"))
+        if arm != "rewind":
+            pairs.append(("rewind", arm))
+        for x, y in pairs:
+            compared = compare(run, x, y)
+            words = compared["text"] + ", " + compared["word"]
+            table[f"{x} - {y}"] = words.where(compared["text"] != MORE_WEIGHTS, MORE_WEIGHTS)
+        if early_stops_reached(run):
+            _, medians, *_ = early_stops(run)
+            table[f"{arm}, step"] = medians[arm].drop(0).map("{:,.0f}".format).replace("nan", "not reached")
+    if "rewind" in arms:
+        untrained = run.means.loc["rewind", "untrained_test_accuracy"]
+        table["rewind, untrained, %"] = untrained.map("{:.2f}".format)
+    return markdown(table)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of strings as Markdown, without its index."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
+
+
+HOW_TO_READ = f"""## How to read this page
+
+- *Rewind* is the ticket: the surviving connections with their original weights. *Reinit* has the same connections with
+  fresh random weights. Every other arm is a control, too.
+- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Steps are medians
+  of the step of early stop. *Not reached*: the lowest loss came in the last 5 % of the training or at one of the last
+  two evaluations, so that the network may still have been improving when training ended.
+- x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the 95 %
+  confidence interval (Student's t). The whole interval decides, not the mean.
+
+| question | supported, yes | contradicted, no |
+| --- | --- | --- |
+| Does x beat y? | interval above 0 | interval below 0 |
+| Does x match y? | interval above -{MATCHING_MARGIN} | interval below -{MATCHING_MARGIN} |
+| Does x stop before y? | exact sign test, 2.5 % on each side | likewise |
+
+- The {MATCHING_MARGIN} points are a non-inferiority margin of our choice. "Does x match y?" is answered *behind, size
+  open* if the interval is below 0 and contains -{MATCHING_MARGIN}. All else is *inconclusive*.
+- The sign test counts ties, and pairs of which neither was reached, as failures of both.
+- In tables by level, x is *ahead* (interval above 0), *as good* (above -{MATCHING_MARGIN}), *behind* (below 0 and not
+  as good) or *inconclusive*.
+- Intervals hold for one test set and one validation split, and for each level by itself. Fewer than three trials, or
+  differences that are all equal, decide nothing.
+
+"""
+
+
+def summary(run: Run) -> str:
+    """Return summary.md: verdict, picture, claims, controls, a row per level, how to read it, constants, versions."""
+    text = f"# {describe_run(run)}: {', '.join(run.arms) or 'dense'}\n\n"
+    finished = run.densities.index.max()
+    if finished < run.constants["LEVELS"]:
+        text += f"**Unfinished: levels 0 to {finished} of {run.constants['LEVELS']}.**\n\n"
+    text += "\n".join(f"- {sentence}" for sentence in verdict(run)) + "\n\n"
+    if run.arms:
+        text += "![Test accuracy versus weights remaining](comparison_plot.png)\n\n"
+        text += claims_section(run)
+        main = [arm for arm in run.arms if arm in MAIN_ARMS]
+        others = [arm for arm in run.arms if arm not in MAIN_ARMS]
+        if run.controls:
+            text += controls_section(run)
+        text += f"## Level by level\n\n{level_table(run, main)}"
+        if others:
+            text += f"<details>\n<summary>Other controls</summary>\n\n{level_table(run, others)}</details>\n\n"
+        text += name_weights(run, HOW_TO_READ)
+    text += f"## Constants and versions\n\n```\n{json.dumps(run.info, indent=1)}\n```\n\n"
+    return text + "Code version: sha256 of the code that determines the numbers, comments aside.\n"
+
+
+# ---- Reading a results folder ----------------------------------------------------------------------------------------
+
+NEEDED = {"DATASET", "PIXELS", "MODEL", "EPOCHS", "SCHEDULE", "PRUNE_SCOPE", "REWIND_STEP", "LEVELS"}   # constants
+
+
+def read_run(folder: Path) -> Run:
+    """Read a results folder. Raises UserError if it holds no run that can be drawn."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        records = pd.read_csv(folder / "metrics.csv")
+        mask = None
+        if (folder / "mask.csv").exists():
+            mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
+            if not set(records["level"]) <= set(mask["level"]):
+                raise ValueError("mask.csv lacks some of its levels")
+        unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
+        missing = NEEDED - set(info["constants"])
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+        run = Run(info, records, measure(records), mask)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} holds no run that can be drawn, with run.json and metrics.csv ({error}).") from None
+    if unknown:
+        raise UserError(f"{folder} has arms that ARM_TABLE does not know: {', '.join(sorted(unknown))}.")
+    return run
+
+
+def redraw(folder: str | Path) -> Run:
+    """Write a results folder's networks.csv, summary.md and figures anew, from metrics.csv, run.json and mask.csv."""
+    folder = resolve_path(folder)
+    run = read_run(folder)
+    write_atomically(folder / "networks.csv", run.networks.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(folder / "summary.md", summary(run).encode())
+    with matplotlib.style.context(STYLE, after_reset=True):                 # whatever style the user has set elsewhere
+        for draw in FIGURES:
+            path = folder / f"{draw.__name__}.png"
+            figure = draw(run)
+            if figure is None:
+                path.unlink(missing_ok=True)                # a stale one
+                continue
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=150)
+            write_atomically(path, image.getvalue())
+    return run
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
-FIGURES = ("accuracy_plot_iterative.png", "accuracy_plot_reinit.png", "comparison_plot.png", "early_stopping_plot.png",
-           "leads_plot.png", "learning_curves.png", "mask_plot.png", "supermask_plot.png")
-RESULT_FILES = ("metrics.csv", "tickets.pt", "summary.md", *FIGURES)
-
-# The version of what computes, taken when the module is loaded: the file may be edited while it runs. The constants
-# are no part of it; they are compared one by one.
-SOURCE = Path(__file__).read_text(encoding="utf-8")
-VERSION = hashlib.sha256(SOURCE.split("\n# ---- Experiment")[1].split("\n# Here ends")[0].encode()).hexdigest()
+RESULT_FILES = ("checkpoint.pt", "metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.json", "summary.md",
+                *[f"{draw.__name__}.png" for draw in FIGURES])
 
 
-def beside_script(path: str | Path) -> Path:
-    """The path itself if absolute, else taken from the folder of this script."""
+def code_version(source: str) -> str:
+    """Return the sha256 of the code from the experiment to the banner, without comments, docstrings and blank lines."""
+    code = source.split("\n# ---- Experiment")[1].split("\n# ====")[0]
+    code = re.sub(r'"""[\s\S]*?"""', "", code)
+    code = re.sub(r"(^|\s+)#( .*)?$", "", code, flags=re.MULTILINE)         # a colour, "#0173b2", is no comment
+    lines = [line for line in code.splitlines() if line.strip()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+VERSION = code_version(Path(__file__).read_text(encoding="utf-8"))          # now: the file may be edited while it runs
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Return an absolute path; relative paths are relative to this script's folder."""
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another process reads or unpacks data in the folder; give up on a host that does not answer."""
-    with contextlib.ExitStack() as at_end:
-        at_end.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        socket.setdefaulttimeout(30)                        # seconds; torchvision itself would wait for ever
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(ImportError, OSError):     # on Windows, and in network folders that know no locks
-            import fcntl
-            handle = os.open(folder, os.O_RDONLY)
-            at_end.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)              # even a killed process gives it back
-        yield
-
-
-def write_whole(path: Path, content: bytes | dict) -> None:
-    """Write a file, by torch.save if it is tensors, under a name of its own, then rename it: nobody sees half a file,
-    whatever ends this process."""
+def write_atomically(path: Path, content: bytes | dict) -> None:
+    """Write bytes, or tensors by torch.save, under a temporary name, then rename: even if the process is killed, no
+    half-written file is seen."""
     if isinstance(content, dict):
-        buffer = io.BytesIO()                               # on a full disk, torch.save would hide the OSError
+        buffer = io.BytesIO()                               # if the disk is full, torch.save would hide the OSError
         torch.save(content, buffer)
         content = buffer.getvalue()
-    unfinished = path.with_name(f".unfinished-{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(unfinished, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
-            os.fsync(file.fileno())                         # on the disk before its name: power may fail, too
-        os.replace(unfinished, path)
+            os.fsync(file.fileno())                         # flush before renaming, against power loss
+        temporary.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def read_saved(path: Path) -> dict:
-    """What torch.save wrote to a file, on the CPU. Raises OSError, or where the file is damaged any of many errors."""
+def load_verified(path: Path) -> dict:
+    """Load what torch.save wrote. Raises BadZipFile for damaged files; torch.load does not verify checksums."""
     content = io.BytesIO(path.read_bytes())
-    if zipfile.ZipFile(content).testzip() is not None:      # torch.load itself takes flipped bits for weights
-        raise zipfile.BadZipFile("wrong sum")
+    archive = zipfile.ZipFile(content)
+    if archive.testzip() is not None or not any(name.endswith("/data.pkl") for name in archive.namelist()):
+        raise zipfile.BadZipFile
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """Return a table as the contents of a CSV file."""
+    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 # ---- A results folder holds one run ----------------------------------------------------------------------------------
 
 def prepare_results_folder() -> Path:
-    """RESULTS_DIR, made where it is missing; found out before the work if it cannot be written to."""
-    folder = beside_script(RESULTS_DIR)
+    """Create RESULTS_DIR; fail early if it is not writable."""
+    folder = resolve_path(RESULTS_DIR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1761,216 +2084,151 @@ def prepare_results_folder() -> Path:
     return folder
 
 
-def identity(device: torch.device) -> dict:
-    """What two runs have in common if one can go on with the other's results: the constants that numbers depend on,
-    and what computes them. The number of threads is no part of it: it changes no bit of an MLP."""
-    settings = {name: value for name, value in constants().items()
-                if name not in ("LEVELS", "DATA_DIR", "RESULTS_DIR", "DEVICE")}
-    if TICKETS_FROM is not None:                            # what counts is the tickets, not where they lie
-        settings["TICKETS_FROM"] = hashlib.sha256(beside_script(TICKETS_FROM).read_bytes()).hexdigest()
-    return settings | {"version of the script": VERSION, "data": CONTENTS[DATASET], "torch": str(torch.__version__),
-                       "kind of device": device.type}
+def run_info(device: torch.device, tickets_from: dict | None) -> dict:
+    """Return the contents of run.json: everything that identifies a run."""
+    libraries = (torch, torchvision, np, pd, matplotlib, sns)
+    return {
+        "constants": constants(),
+        "code_version": VERSION,
+        "data_sha256": CONTENTS[DATASET],
+        "versions": {"python": sys.version.split()[0]} | {library.__name__: str(library.__version__)
+                                                          for library in libraries},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "tickets_from": tickets_from,
+    }
+
+
+def identity(info: dict, device: torch.device) -> dict:
+    """Return what two runs must have in common so that one can resume the other.
+
+    The number of threads is part of it if there are convolutions, whose last bits depend on it.
+    """
+    free = ("LEVELS", "STACK_SIZE", "TICKETS_FROM", "DATA_DIR", "RESULTS_DIR", "DEVICE")
+    own = {name: value for name, value in info["constants"].items() if name not in free}
+    own |= {"code version": VERSION, "data": info["data_sha256"], "torch": info["versions"]["torch"],
+            "kind of device": device.type}
+    if info["tickets_from"]:
+        own["TICKETS_FROM"] = info["tickets_from"]["sha256"]
+    if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
+        own["number of threads"] = info["threads"]
+    return own
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, State]:
-    """Whose the folder's checkpoint is, and its state; nobody's, and a new one, where there is none that is whole."""
+    """Return (identity, state), or ({}, State()) if the checkpoint is missing or damaged."""
     path = folder / "checkpoint.pt"
+    if not path.exists():
+        return {}, State()
     try:
-        saved = read_saved(path)
+        saved = load_verified(path)
         return saved["identity"], State(**saved["state"])
-    except Exception as error:                              # a damaged file can fail in any way
-        if isinstance(error, OSError) and path.exists():    # such as a disk that is away for the moment
-            raise
-    return {}, State()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, LookupError, TypeError):
+        return {}, State()
 
 
 def load_state(folder: Path, own: dict) -> State:
-    """The state to go on from: the checkpoint's if it is of this run, else a new one. Says which, and why."""
+    """Return the state to resume from: the checkpoint's if it is this run's, else a new one. Say which, and why."""
     path = folder / "checkpoint.pt"
-    found, state = read_checkpoint(folder)
-    if found == own and state.level < LEVELS:
-        say(f"going on after level {state.level} of {LEVELS}, kept in {path}")
-    elif found == own:
-        say(f"nothing is left to train: summary and figures are drawn again from {path} (without it, the same command "
-            "trains afresh)")
-    elif found:
-        others = sorted(name for name in own | found if own.get(name) != found.get(name))
-        say(f"{folder} holds another run (with another {', another '.join(others)}): its files will be moved to "
+    saved, state = read_checkpoint(folder)
+    if saved == own and state.level < LEVELS:
+        say(f"resuming after level {state.level} of {LEVELS}, from {path}")
+    elif saved == own:
+        say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
+    elif saved:
+        different = sorted(name for name in own | saved if own.get(name) != saved.get(name))
+        say(f"{folder} holds another run (with another {', another '.join(different)}): its files will be moved to "
             "previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
-    return state if found == own else State()
+    return state if saved == own else State()
 
 
 def save_state(state: State, folder: Path, own: dict) -> None:
-    """Write the checkpoint, of several processes the first. Before a run's first one, another run's files make room."""
-    if process()[0] > 0:
+    """Write the checkpoint; first move whatever else of a run lies in the folder to previous/<time>/."""
+    if rank_and_world_size()[0] > 0:
         return
-    path = folder / "checkpoint.pt"
-    existed = path.exists()                                 # asked first: another process may save one just now
-    found, there = read_checkpoint(folder)
-    if found == own and there.level >= state.level:         # the same command, started twice, is ahead
-        return
-    if found not in ({}, own) and state.level > 0:
-        raise UserError(f"another run has begun in {folder} meanwhile: choose another RESULTS_DIR for one of the two.")
-    if found != own and state.level == 0:
-        same_numbers = existing_metrics(folder).startswith(metrics_of(state.records))
-        if existed or not same_numbers:
-            move_to_previous(folder, ["checkpoint.pt", *RESULT_FILES])
-    write_whole(path, {"identity": own, "state": vars(state)})
+    saved, _ = read_checkpoint(folder)
+    if saved != own:
+        move_to_previous(folder)
+    write_atomically(folder / "checkpoint.pt", {"identity": own, "state": vars(state)})
 
 
-def metrics_of(records: list[dict]) -> bytes:
-    """Records as the contents of metrics.csv."""
-    return pd.DataFrame(records).to_csv(index=False, lineterminator="\n").encode()
-
-
-def existing_metrics(folder: Path) -> bytes:
-    """The metrics.csv that lies in the folder; nothing where there is none."""
-    path = folder / "metrics.csv"
-    return path.read_bytes() if path.exists() else b""
-
-
-def move_to_previous(folder: Path, names: Iterable[str]) -> None:
+def move_to_previous(folder: Path) -> None:
     """Move a run's files to previous/<time>/ in the folder."""
     previous = folder / "previous" / datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
-    for name in names:
-        if (folder / name).exists():
-            previous.mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(previous / name)
+    for path in [folder / name for name in RESULT_FILES if (folder / name).exists()]:
+        previous.mkdir(parents=True, exist_ok=True)
+        path.rename(previous / path.name)
     if previous.exists():
         say(f"the results of an earlier run are now in {previous}")
 
 
-def write_results(state: State, data: Dataset, own: dict, origin: str, folder: Path) -> Results:
-    """Write what a state has up to LEVELS. Records and tickets, which took the work, come before all that is drawn."""
-    if not metrics_of(state.records).startswith(existing_metrics(folder)):
-        move_to_previous(folder, RESULT_FILES)              # metrics.csv has rows that this run's checkpoint has not
-    shown = [row for row in state.records if row["level"] <= LEVELS]
-    write_whole(folder / "metrics.csv", metrics_of(shown))
-
-    theta0 = stack([state.theta_k[trial] for trial in range(TRIALS)])
-    pruned_at = stack([state.pruned_at[trial] for trial in range(TRIALS)])
-    for levels in pruned_at.values():
-        levels[levels > LEVELS] = 0
-    images = data["train"][0]
-    tickets = {"constants": constants() | {"LEVELS": min(state.level, LEVELS)}, "theta0": theta0,
-               "pruned_at": pruned_at, "mean_image": images.mean(0).squeeze(0).cpu()}
-    write_whole(folder / "tickets.pt", tickets)
-
-    results = read_results(folder, constants(), provenance(own, origin, images.device))
-    draw(results, folder)
-    return results
+def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
+    """Write records and tickets, which took the work, then draw everything from them."""
+    records = pd.DataFrame(state.records)
+    write_atomically(folder / "metrics.csv", to_csv(records))
+    write_atomically(folder / "networks.csv", to_csv(measure(records)))
+    tickets = {"constants": info["constants"] | {"LEVELS": state.level},
+               "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
+               "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)])}
+    write_atomically(folder / "tickets.pt", tickets)
+    info["constants"]["LEVELS"] = max(LEVELS, state.level)
+    write_atomically(folder / "run.json", json.dumps(info, indent=1).encode())
+    pruned_at = next(iter(tickets["pruned_at"].values()))
+    if pruned_at.shape[2:] == (28 * 28,):                   # a convolution's weights belong to no pixel
+        write_atomically(folder / "mask.csv", to_csv(mask_table(pruned_at, data["train"][0], state.level)))
+    return redraw(folder)
 
 
-def read_results(folder: Path, settings: dict, below: str) -> Results:
-    """What lies in a folder, as its summary and figures need it. Raises OSError or ValueError without metrics.csv."""
-    records = pd.read_csv(folder / "metrics.csv")
-    first_layer = None
-    image = None
-    with contextlib.suppress(UserError):
-        tickets = load_tickets(folder / "tickets.pt")
-        weights = next(iter(tickets["pruned_at"].values()))
-        # Another run's may lie there, where committed results were checked out again.
-        of_this_run = tickets["constants"] == settings | {"LEVELS": records["level"].max()}
-        if of_this_run and weights.shape[2:] == (28 * 28,):             # a convolution's belong to no pixel
-            first_layer = weights
-            image = tickets["mean_image"]
-    return Results(records, measure(records), settings, below, first_layer, image)
+def mask_table(pruned_at: Tensor, images: Tensor, last_level: int) -> pd.DataFrame:
+    """Return, by level and pixel, the share of a first layer's connections that remain, and the pixel's mean intensity.
 
-
-def provenance(own: dict, origin: str, device: torch.device) -> str:
-    """What summary.md says below the constants: what computed the run, and on what."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = ", ".join(f"{library.__name__} {library.__version__}"
-                         for library in (torch, torchvision, np, pd, matplotlib, sns))
-    lines = [f"Version of the script: {VERSION} (sha256 of its text from the experiment to the banner).",
-             f"Contents of {DATASET}: {CONTENTS[DATASET]} (sha256 of all images and labels).",
-             f"Python {sys.version.split()[0]}, {versions}; on {machine}, {torch.get_num_threads()} CPU threads."]
-    if origin:
-        lines.insert(0, f"Transferred tickets: {origin}; sha256 {own['TICKETS_FROM']}.")
-    return "\n".join(lines)
-
-
-def draw(results: Results, folder: Path) -> None:
-    """Write summary and figures, whatever style the user has set elsewhere; figures that no longer apply go."""
-    write_whole(folder / "summary.md", summary(results).encode())
-    with matplotlib.style.context(STYLE, after_reset=True):
-        figures = draw_figures(results)
-        for name, figure in figures.items():
-            write_whole(folder / name, png(figure))
-    for name in FIGURES:
-        kept = name == "mask_plot.png" and results.first_layer is None
-        if name not in figures and not kept:
-            (folder / name).unlink(missing_ok=True)
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the contents of a PNG file."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
-
-
-def read_folder(folder: str | Path) -> Results:
-    """A results folder's run, from metrics.csv, summary.md's constants, and tickets.pt where there is one. Raises
-    UserError where they cannot be read."""
-    folder = beside_script(folder)
-    try:
-        text = (folder / "summary.md").read_text(encoding="utf-8")
-        block, below = text.split("## Constants and versions\n\n```\n")[1].split("```\n", 1)
-        settings = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", block, re.M)}
-        if not settings.keys() >= {"DATASET", "PIXELS", "MODEL", "EPOCHS", "TRIALS", "LEVELS", "REWIND_STEP"}:
-            raise ValueError("constants are missing in summary.md")
-        return read_results(folder, settings, below.strip())
-    except (OSError, ValueError, SyntaxError, LookupError, TypeError) as error:
-        raise UserError(f"{folder} holds no results that can be drawn ({error}): it needs metrics.csv and summary.md "
-                        "of a run.") from None
-
-
-def redraw(folder: str | Path) -> None:
-    """Draw a results folder's summary and figures again, its mask figure only where there is tickets.pt."""
-    draw(read_folder(folder), beside_script(folder))
-
-
-def compare_runs(folders: list[str | Path], path: str | Path) -> None:
-    """Draw the ticket's lead over the dense networks in several results folders into one PNG at the path."""
-    runs = [read_folder(folder) for folder in folders]
-    if not runs or any(len(levels_of(run.networks)) == 1 for run in runs):
-        raise UserError("compare_runs needs one results folder or more, all of runs that have pruned.")
-    with matplotlib.style.context(STYLE, after_reset=True):
-        write_whole(beside_script(path), png(leads_over_dense(runs)))
+    `pruned_at` is the first layer's, (trials, units, pixels).
+    """
+    mean_image = images.mean(0).flatten().cpu().numpy()
+    tables = []
+    for level in range(last_level + 1):
+        share = masks_at({"first layer": pruned_at}, level)["first layer"].mean((0, 1)).numpy()     # (pixels,)
+        tables.append(pd.DataFrame({"level": level, "pixel": np.arange(len(share)), "share_remaining": share,
+                                    "mean_intensity": mean_image}))
+    return pd.concat(tables).round(4)
 
 
 # ---- Tickets that are kept -------------------------------------------------------------------------------------------
 
 def load_tickets(path: str | Path) -> dict:
-    """What a tickets.pt holds: the run's constants, theta0, the level at which each weight was pruned, and the mean
-    training image. Raises UserError unless it is whole, and what this script writes."""
+    """Return the contents of a tickets.pt: its run's constants, theta0, and the level at which each weight was pruned.
+
+    Raises UserError unless it is one.
+    """
     try:
-        tickets = read_saved(beside_script(path))
-        held = tickets["constants"]
-        theta0 = tickets["theta0"]
-        as_plain_network(build_network(held["MODEL"], 0), pick(theta0, held["TRIALS"] - 1))     # names and shapes fit
-        expected = {name: (mask.shape, torch.uint8) for name, mask in full_masks(theta0).items()}
-        found = {name: (levels.shape, levels.dtype) for name, levels in tickets["pruned_at"].items()}
-        if found != expected or tickets["mean_image"].shape != (28, 28) or not held.keys() >= constants().keys():
-            raise ValueError
+        tickets = load_verified(resolve_path(path))
+        saved = tickets["constants"]
+        last = pick(tickets["theta0"], saved["TRIALS"] - 1)
+        as_plain_network(build_network(saved["MODEL"], 0), last)            # names and shapes fit
+        for name, weights in full_masks(tickets["theta0"]).items():
+            if tickets["pruned_at"][name].shape != weights.shape:
+                raise ValueError(f"the shape of {name} differs")
         return tickets
     except Exception as error:                              # a damaged or foreign file can fail in any way
-        raise UserError(f"no tickets could be read from {path} ({type(error).__name__}): it must be the tickets.pt of "
-                        "a run by this version of the script.") from None
+        if out_of_memory(error):
+            raise
+        reason = str(error) or "it is damaged, or another kind of file"
+        raise UserError(f"{path} cannot be read as the tickets.pt of a run ({reason.splitlines()[0]}).") from None
 
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
-    """One ticket as an ordinary network with `torch.nn.utils.prune` masks, ready to train: at its initial weights, or
-    with REWIND_STEP at those after so many steps. Raises UserError for a file that is no tickets.pt, IndexError for a
-    trial or a level that it does not hold."""
+    """Return one ticket as an ordinary network with `torch.nn.utils.prune` masks, ready to train.
+
+    Its weights are the initial ones, or with REWIND_STEP those after so many steps. Raises UserError for a file that
+    is no tickets.pt, IndexError for a trial or a level that it does not hold.
+    """
     tickets = load_tickets(path)
-    held = tickets["constants"]
-    if not (0 <= trial < held["TRIALS"] and 0 <= level <= held["LEVELS"]):
-        raise IndexError(f"{path} holds trials 0 to {held['TRIALS'] - 1} and levels 0 to {held['LEVELS']}")
-    network = as_plain_network(build_network(held["MODEL"], held["DROPOUT"]), pick(tickets["theta0"], trial))
+    saved = tickets["constants"]
+    if not (0 <= trial < saved["TRIALS"] and 0 <= level <= saved["LEVELS"]):
+        raise IndexError(f"{path} holds trials 0 to {saved['TRIALS'] - 1} and levels 0 to {saved['LEVELS']}")
+    network = as_plain_network(build_network(saved["MODEL"], saved["DROPOUT"]), pick(tickets["theta0"], trial))
     masks = masks_at(pick(tickets["pruned_at"], trial), level)
     with torch.no_grad():                                   # else the network could not be copied
         for name, layer in weighted_layers(network).items():
@@ -1978,219 +2236,220 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     return network
 
 
-def tickets_from_elsewhere() -> tuple[dict[int, tuple[Weights, Levels]], str]:
-    """By trial theta0 and pruned_at from TICKETS_FROM, if any, and how they were found. Raises UserError unless they
-    fit the constants, keep as many weights at each level, and lie clear of this run's own."""
+def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | None]:
+    """Return theta0 and pruned_at from TICKETS_FROM by trial, if any, and what is known of their run.
+
+    Raises UserError unless they fit the constants and keep as many weights at each level.
+    """
     if TICKETS_FROM is None:
-        return {}, ""
-    if beside_script(TICKETS_FROM).resolve().parent == beside_script(RESULTS_DIR).resolve():
-        raise UserError("TICKETS_FROM lies in RESULTS_DIR, where this run's own go: choose another RESULTS_DIR.")
+        return {}, None
+    path = resolve_path(TICKETS_FROM)
+    if path.resolve().parent == resolve_path(RESULTS_DIR).resolve():
+        raise UserError("TICKETS_FROM lies in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR.")
     tickets = load_tickets(TICKETS_FROM)
-    held = tickets["constants"]
+    saved = tickets["constants"]
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
-        if held[name] != constants()[name]:
-            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} were found with {name}={held[name]}: here it "
-                            "must be the same, so that tickets with as many weights are compared.")
-    if held["TRIALS"] < TRIALS or held["LEVELS"] < LEVELS:
-        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {held['TRIALS']} trials and {held['LEVELS']} levels: "
-                        "TRIALS and LEVELS must be no more.")
-    names = ("DATASET", "PIXELS", "INIT", "SEED", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP", "EPOCHS", "BATCH_SIZE")
-    words = ", ".join(f"{name} = {held[name]!r}" for name in names)
+        if saved[name] != constants()[name]:
+            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} were found with {name}={saved[name]}: set "
+                            "the same here, so that tickets with equally many weights are compared.")
+    if saved["TRIALS"] < TRIALS or saved["LEVELS"] < LEVELS:
+        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: "
+                        "set TRIALS and LEVELS to no more.")
     found = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
-    return found, words
+    return found, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
 
-# ---- Several processes, and what is said on the way ------------------------------------------------------------------
+# ---- Several processes, and the console ------------------------------------------------------------------------------
 
-def process() -> tuple[int, int]:
-    """This process's rank, and how many processes share the run. Only what torchrun started itself counts as several:
-    RANK and WORLD_SIZE may be left over in an environment."""
-    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; only what torchrun itself started counts as several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched() and "RANK" in os.environ):
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def connect() -> None:
-    """Let the processes of a run, if they are several, find each other. After a restart by torchrun they do so under
-    other names: what a killed process has left in the store would lead to nowhere."""
-    if process()[1] == 1:
+def init_distributed() -> None:
+    """Initialise torch.distributed if there are several processes."""
+    if rank_and_world_size()[1] == 1 or torch.distributed.is_initialized():
         return
     store, rank, processes = next(torch.distributed.rendezvous("env://"))
+    # After a restart by torchrun under another prefix: what a killed process left in the store would lead nowhere.
     store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    forever = datetime.timedelta(days=30)                   # the slowest is waited for
+    forever = datetime.timedelta(days=30)                   # the slowest process is waited for
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
-    say(f"{processes} processes share {TRIALS} trials; shown is the progress of the first one, with "
-        f"{len(own_trials())}")
+    say(f"{processes} processes share {TRIALS} trials; the progress shown is that of the first one, with "
+        f"{len(trials_of_rank())}")
 
 
-def own_trials() -> list[int]:
-    """The trials of this process; there may be none."""
-    rank, processes = process()
+def trials_of_rank() -> list[int]:
+    """Return the trials of this process; there may be none."""
+    rank, processes = rank_and_world_size()
     return list(range(TRIALS)[rank::processes])
 
 
-def gather(found: State) -> list[State]:
-    """What each process found at a level, on all of them. Where another one has ended, this one ends silently: a
-    traceback of the connection would bury what that one says."""
-    _, processes = process()
-    parts = [found] * processes
-    if processes > 1:
+def gather(part: Any) -> list:
+    """Return each process's part, by rank, on every process."""
+    parts = [part] * rank_and_world_size()[1]
+    if len(parts) > 1:
         try:
-            torch.distributed.all_gather_object(parts, found)
-        except RuntimeError:
+            torch.distributed.all_gather_object(parts, part)
+        except RuntimeError:                                # another process has ended: only its own message matters
             raise SystemExit(1) from None
     return parts
 
 
-def say(text: str, stream: Any = None) -> None:
-    """Print for people, of several processes on the first. What a console cannot show is replaced; a console that is
-    gone, as after `| head`, gets nothing: neither is a reason to end."""
-    if stream is None and process()[0] > 0:
-        return
-    stream = stream or sys.stdout                           # None where a program has none: print says nothing then
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def say(text: str) -> None:
+    """Print on rank 0; a closed console is no reason to end."""
+    if rank_and_world_size()[0] == 0:
+        try:
+            print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def progress_bar(done: int) -> tqdm:
-    """Print the head of the table whose lines `report_level` prints. On a terminal, show a bar over all levels after
-    the one that was done last; its unit is one step of one network."""
-    arms = ARMS if LEVELS > 0 else ("dense",)
-    columns = "".join(f"{arm:>11}" for arm in arms)
-    say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left")
+def table_columns() -> tuple:
+    """Return the arms whose accuracies `report_level` prints."""
+    return ARMS if LEVELS > 0 else ("dense",)
+
+
+def network_steps(level: int) -> int:
+    """Return the training steps of a level on this process, summed over networks."""
     steps = EPOCHS * steps_per_epoch()
-    per_level = len(own_trials()) * sum(steps - first_step(arm) for arm in ARMS)
-    work = [len(own_trials()) * steps] + LEVELS * [per_level]
-    visible = process()[0] == 0 and sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(total=sum(work), initial=sum(work[:done + 1]), smoothing=0, leave=False,
-                file=sys.stderr if visible else io.StringIO(),          # a disabled one keeps no time
-                bar_format="{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
+    arms = ARMS if level > 0 else ("dense",)
+    return len(trials_of_rank()) * sum(steps - first_step(arm) for arm in arms)
 
 
-def report_level(state: State, bar: tqdm) -> None:
-    """Print a line about the level that was finished last."""
+def progress_bar(level: int) -> tqdm:
+    """Return a bar over the steps of all networks of a level, shown on a terminal only."""
+    visible = rank_and_world_size()[0] == 0 and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(total=network_steps(level), desc=f"level {level} of {LEVELS}", leave=False, disable=not visible,
+                bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
+
+
+def report_head() -> None:
+    """Print the head of the table whose lines `report_level` prints."""
+    columns = "".join(f"{arm:>{max(11, len(arm) + 2)}}" for arm in table_columns())
+    say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
+
+
+def report_level(state: State, seconds: float) -> None:
+    """Print a line about the level that was finished last, which took some seconds.
+
+    Later levels take no longer than that one, network by network; sparse ones take less.
+    """
     networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
-    arms = ARMS if LEVELS > 0 else ("dense",)
-    cells = [f"{mean_accuracy(networks, 'stop_accuracy', arm, state.level):>9} %" for arm in arms]
-    minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(1, bar.n - bar.initial) / 60
-    with tqdm.external_write_mode():
-        say(f"{state.level:5}{remaining(networks, state.level):18.1f} %{''.join(cells)}{minutes:8.1f} min")
+    networks = networks[networks["level"] == state.level]
+    percent = networks["weights_remaining"].iloc[0]
+    means = networks.groupby("arm")["test_accuracy"].mean()
+    cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in table_columns()]
+    minutes = 0.0
+    if network_steps(state.level) > 0:                      # a process may have no trial
+        seconds_per_step = seconds / network_steps(state.level)
+        minutes = (LEVELS - state.level) * network_steps(1) * seconds_per_step / 60
+    say(f"{state.level:5}{percent:18.1f} %{''.join(cells)}{minutes:8.1f} min")
 
 
-# ---- Checks of the constants -----------------------------------------------------------------------------------------
+# ---- Constants and arguments -----------------------------------------------------------------------------------------
 
-def is_path(text: str) -> bool:
-    """Whether a file or folder can be called so."""
-    return text != "" and "\0" not in text
+TYPES = typing.get_type_hints(sys.modules[__name__])        # of the constants, by name
 
 
-def one_of(*words: str) -> tuple[type, str, Callable[[str], bool]]:
-    """The check of a constant that is one of some words."""
-    return str, "one of " + ", ".join(words), words.__contains__
+def one_of(*words: str) -> tuple[str, Callable[[str], bool]]:
+    """Return the requirement of a constant that is one of some words."""
+    return "one of " + ", ".join(words), words.__contains__
 
 
-# Of each constant: its type, what it must be, and the same as a condition
-CHECKS = {
+# What each constant must be, besides of its type, in words and as a condition
+REQUIREMENTS = {
     "DATASET": one_of(*CONTENTS),
     "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
-    "MODEL": (str, "a name that build_network knows", bool),
+    "MODEL": ("a name that build_network knows", bool),
     "INIT": one_of("kaiming_normal", "xavier_normal"),
-    "DROPOUT": (float, "a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
-    "ARMS": (tuple, "a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
-        all(arm in list(ARM_TABLE) for arm in arms) and len(set(arms)) == len(arms))),
-    "TRIALS": (int, "a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
-    "LEVELS": (int, "a whole number, 0 to 255", lambda number: 0 <= number <= 255),     # tickets.pt has 8 bits for them
-    "PRUNE_RATE": (float, "a number between 0 and 1", lambda rate: 0 < rate < 1),
+    "DROPOUT": ("a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
+    "ARMS": ("a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
+        set(arms) <= set(ARM_TABLE) and len(set(arms)) == len(arms))),
+    "TRIALS": ("a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
+    "LEVELS": ("a whole number, 0 to 255", lambda number: 0 <= number <= 255),          # tickets.pt has 8 bits for them
+    "PRUNE_RATE": ("a number between 0 and 1", lambda rate: 0 < rate < 1),
     "PRUNE_SCOPE": one_of("layer", "global"),
-    "REWIND_STEP": (int, "a whole number, 0 or more", lambda step: step >= 0),
-    "TICKETS_FROM": (str | None, "the path of a tickets.pt, or None", lambda path: path is None or is_path(path)),
-    "SEED": (int, "a whole number, 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),
-    "VALIDATION_SIZE": (int, "a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
-    "EPOCHS": (int, "a whole number, 1 or more", lambda number: number >= 1),
-    "BATCH_SIZE": (int, "a whole number, 1 to as many as there are images to train on", lambda size: (
+    "REWIND_STEP": ("a whole number, 0 or more", lambda step: step >= 0),
+    "TICKETS_FROM": ("the path of a tickets.pt, or None", lambda path: path is None or path),
+    "SEED": ("a whole number, 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),
+    "VALIDATION_SIZE": ("a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
+    "EPOCHS": ("a whole number, 1 or more", lambda number: number >= 1),
+    "BATCH_SIZE": ("a whole number, 1 or more, and no more than there are training images", lambda size: (
         1 <= size <= 60_000 - VALIDATION_SIZE)),
-    "LEARNING_RATE": (float, "a number above 0", lambda rate: 0 < rate < math.inf),
-    "WEIGHT_DECAY": (float, "a number of at least 0", lambda decay: 0 <= decay < math.inf),
-    "CLIP_NORM": (float | None, "a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
-    "EVAL_EVERY": (int, "a whole number, 1 or more", lambda steps: steps >= 1),
-    "DATA_DIR": (str, "a folder's path", is_path),
-    "RESULTS_DIR": (str, "a folder's path", is_path),
-    "DEVICE": (str, "auto, cpu, cuda, cuda:1 and so on, or mps", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch),
+    "LEARNING_RATE": ("a number above 0", lambda rate: 0 < rate < math.inf),
+    "SCHEDULE": one_of("constant", "linear"),
+    "WEIGHT_DECAY": ("a number of at least 0", lambda decay: 0 <= decay < math.inf),
+    "CLIP_NORM": ("a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
+    "EVAL_EVERY": ("a whole number, 1 or more", lambda steps: steps >= 1),
+    "DATA_DIR": ("a folder's path", bool),
+    "RESULTS_DIR": ("a folder's path", bool),
+    "DEVICE": ("auto, cpu, cuda, or cuda:1 and so on", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+    "STACK_SIZE": ("a whole number, 1 or more, or None", lambda size: size is None or size >= 1),
 }
 
 
 def constants() -> dict:
-    """All constants as they stand, by name, in Python's own types, such as a checkpoint holds: 0 as the float it means,
-    numpy's words as words."""
-    found = {}
-    for name, (kind, *_) in CHECKS.items():
-        value = globals()[name]
-        if kind in (float, float | None) and isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                value = float(value)
-            except OverflowError:                           # refused like any other that is out of range
-                value = math.inf
-        elif isinstance(value, str):
-            value = str(value)
-        elif isinstance(value, tuple):
-            value = tuple(str(part) if isinstance(part, str) else part for part in value)
-        found[name] = value
-    return found
+    """Return all constants by name; a whole number becomes a float if the constant is one."""
+    values = {name: globals()[name] for name in TYPES}
+    for name, value in values.items():
+        if TYPES[name] in (float, float | None) and type(value) is int:
+            values[name] = float(value)
+    return values
 
 
 def read_arguments(arguments: list[str]) -> dict:
-    """Constants set for this run. Values are Python literals, a bare word is a string, ARMS may be rewind,shuffle."""
-    found = {}
+    """Return the constants that NAME=VALUE arguments set: Python literals, or bare words as strings."""
+    values = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not (name and equals):
             raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
-        if name not in CHECKS:
-            meant = difflib.get_close_matches(name.upper(), CHECKS, n=1, cutoff=0)[0]
+        if name not in TYPES:
+            meant, = difflib.get_close_matches(name.upper(), TYPES, n=1, cutoff=0)
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError):                   # a bare word
             value = text
-        if name == "ARMS" and isinstance(value, str):
-            value = tuple(value.split(","))
-        elif name == "ARMS" and isinstance(value, list):
+        if TYPES[name] is tuple and isinstance(value, str):                             # ARMS=rewind,oneshot
+            value = tuple(word.strip() for word in value.split(","))
+        elif TYPES[name] is tuple and isinstance(value, list):
             value = tuple(value)
-        elif CHECKS[name][0] in (str, str | None) and not isinstance(value, CHECKS[name][0]):
+        elif TYPES[name] in (str, str | None) and not isinstance(value, TYPES[name]):
             value = text                                    # a folder may be called 2026
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def check_constants() -> None:
-    """Stop with one sentence where a constant is out of range, or where constants make no sense together."""
+    """Raise UserError if a constant is of a wrong type or out of range, or if constants are incompatible."""
     for name, value in constants().items():
-        kind, must, holds = CHECKS[name]
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            raise UserError(f"{name} must be {must}, not {value!r}.")
+        words, holds = REQUIREMENTS[name]
+        if isinstance(value, bool) or not isinstance(value, TYPES[name]) or not holds(value):
+            raise UserError(f"{name} must be {words}, not {value!r}.")
     if "rewind" not in ARMS:
         raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
     if ("transfer" in ARMS) != (TICKETS_FROM is not None):
-        raise UserError("the arm transfer and TICKETS_FROM go together: set both or neither.")
+        raise UserError("the arm transfer needs TICKETS_FROM, and TICKETS_FROM the arm: set both or neither.")
     steps = EPOCHS * steps_per_epoch()
     if steps <= REWIND_STEP:
         raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
 
     network = build_network(MODEL, DROPOUT)
     rates = prune_rates(network)
-    there = {name: network.get_parameter(name).numel() for name in rates}
+    remaining = {name: network.get_parameter(name).numel() for name in rates}
     if PRUNE_SCOPE == "global":
         rates = {"all layers": PRUNE_RATE}
-        there = {"all layers": sum(there.values())}
+        remaining = {"all layers": sum(remaining.values())}
     for level, name in itertools.product(range(1, LEVELS + 1), rates):
-        gone = round(rates[name] * there[name])
-        if not 0 < gone < there[name]:
-            raise UserError(f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} do not go together: at level {level}, {gone} "
-                            f"of the {there[name]} weights left in {name} would be pruned.")
-        there[name] -= gone
+        pruned = round(rates[name] * remaining[name])
+        if not 0 < pruned < remaining[name]:
+            raise UserError(f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} are incompatible: level {level} would prune "
+                            f"{pruned} of the {remaining[name]} weights left in {name}.")
+        remaining[name] -= pruned
 
 
 def check_network(device: torch.device) -> None:
@@ -2206,82 +2465,96 @@ def check_network(device: torch.device) -> None:
         for layer in network:
             if getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT:
                 raise ValueError
-    except Exception:                                       # a layer that is not served can fail in any way
+    except Exception as error:                              # an unsupported layer can fail in any way
+        if out_of_memory(error):
+            raise
         raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
                         "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
-                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last one called "
+                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last layer called "
                         "output.") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
 
-RUNNING = threading.Lock()                                  # constants are the module's: one run at a time
-
-
-def run() -> None:
-    """The experiment with the constants as they stand, from its checkpoint to its results."""
-    check_constants()
-    device = prepare_device()
+def run_or_resume(device: torch.device) -> None:
+    """Run the experiment with the present constants, from its checkpoint to its results."""
     check_network(device)
-    elsewhere, origin = tickets_from_elsewhere()
-    own = identity(device)
+    source_tickets, tickets_from = load_source_tickets()
+    info = run_info(device, tickets_from)
+    own = identity(info, device)
     folder = prepare_results_folder()
-    connect()
+    init_distributed()
+    rank, _ = rank_and_world_size()
+    if rank > 0:
+        gather(None)                                        # wait until the first process has unpacked the data
     data = load_dataset(device)
-    state = load_state(folder, own)
+    if rank == 0:
+        gather(None)
+    state = State()
+    if rank == 0:
+        state = load_state(folder, own)
+    state = gather(state)[0]                                # the first process's, on all of them
 
-    results = None
     try:
         if state.level < LEVELS:
-            run_experiment(state, data, elsewhere, lambda new: save_state(new, folder, own))
-    finally:                                                # whatever ends it: of finished levels there are results
-        found, state = read_checkpoint(folder)
-        if process()[0] == 0 and found == own:
-            results = write_results(state, data, own, origin, folder)
-    if process()[0] > 0:
-        return
-    if results is None:
-        raise UserError(f"{folder / 'checkpoint.pt'} is no longer what this run saved, and no results were written: "
-                        "start it again in a RESULTS_DIR of its own.")
-    say("\n" + "\n".join(verdict(results)) + f"\n\nresults: {folder}")
+            report_head()
+            run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, own))
+    finally:                                                # whatever ends it, the finished levels have results
+        saved, state = read_checkpoint(folder)
+        if rank == 0 and saved == own:
+            run = write_results(state, data, info, folder)
+    if rank == 0:
+        say("\n" + "\n".join(verdict(run)) + f"\n\nresults: {folder}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking; PyTorch's CPU allocator raises a plain RuntimeError."""
+    words = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in words or "allocate memory" in words))
 
 
 def main(arguments: list[str]) -> None:
-    """Run the experiment with some constants set by NAME=VALUE arguments; afterwards they are what they were before.
-    What the machine lacks is said as plainly as what the user got wrong, by UserError. All else keeps its traceback."""
+    """Run the experiment with some constants set by NAME=VALUE arguments; they are restored afterwards.
+
+    Raises UserError for what the user can fix, in the arguments or on the machine. All else keeps its traceback.
+    """
     if {"-h", "--help"} & set(arguments):
         lines = "\n".join(f"  {name} = {value!r}" for name, value in constants().items())
         say(f"{__doc__}\nConstants:\n{lines}")
         return
-    if not RUNNING.acquire(blocking=False):
-        raise UserError("another run is under way in this Python process: start this one in a process of its own.")
-    before = {name: globals()[name] for name in CHECKS}
+    before = {name: globals()[name] for name in TYPES}
     try:
         globals().update(read_arguments(arguments))
         globals().update(constants())
-        run()
+        check_constants()
+        device = choose_device()
+        with fixed_numerics(device):
+            run_or_resume(device)
     except OSError as error:
-        raise UserError(f"{error}. Finished levels are kept: once that is mended, the same command goes on.") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise UserError("there is not enough memory: lower TRIALS, BATCH_SIZE or the number of ARMS. Finished levels "
-                        "are kept.") from None
+        raise UserError(f"{error}. The finished levels are kept: fix this and rerun the command to resume.") from None
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("there is not enough memory. A lower STACK_SIZE needs less and keeps the finished levels; "
+                        "fewer TRIALS or ARMS, or a lower BATCH_SIZE, start another run.") from None
     finally:
         globals().update(before)
-        RUNNING.release()
 
 
 if __name__ == "__main__":
-    # A cluster's SIGTERM, and the SIGHUP of a terminal that is closed (but for nohup), end a run as Ctrl-C does. Not
-    # where Python goes on after it, as in a notebook; nor of several processes: while one waits, it hears no signal.
-    if process()[1] == 1 and not hasattr(sys, "ps1"):
-        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:          # Windows has no SIGHUP
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, signal.default_int_handler)
+    if "IPython" not in sys.modules:                        # a notebook has its own streams and signals
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.reconfigure(errors="replace")        # a console may not be able to show every character
+        socket.setdefaulttimeout(30)                        # seconds; torchvision itself would wait for ever
+        if rank_and_world_size()[1] == 1:                   # a process that waits for others hears no signal
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:
-        say(f"lth_pruning: {error}", sys.stderr)
+        print(f"lth_pruning: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        say("\nlth_pruning: stopped. Finished levels are kept; the same command goes on after them.", sys.stderr)
+        print("\nlth_pruning: stopped. The finished levels are kept; rerun the command to resume.", file=sys.stderr)
         sys.exit(130)

@@ -44,6 +44,11 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
+def draw_nothing(_results: lth_pruning.Results) -> dict:
+    """In the place of `draw_figures`, where only the records matter."""
+    return {}
+
+
 @pytest.fixture
 def lth(monkeypatch):
     """The script as a module, and `use` to give constants or functions other values for this test alone."""
@@ -70,7 +75,7 @@ def few(lth, mnist):
 @pytest.fixture
 def undrawn(few, lth):
     """Like `few`, and without figures, which take longer than such a training."""
-    lth.use(draw_figures=lambda results: {})
+    lth.use(draw_figures=draw_nothing)
     return few
 
 
@@ -112,7 +117,7 @@ def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     module.load_dataset = lambda _: data
-    module.draw_figures = lambda results: {}
+    module.draw_figures = draw_nothing
     return module
 
 

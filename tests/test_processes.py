@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, check_same_results, command, read_metrics, run_here
+from conftest import QUICK, check_same_results, command, draw_nothing, read_metrics, run_here
 
 import lth_pruning
 
@@ -39,7 +39,7 @@ def alone(tmp_path_factory):
     """The results of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lth_pruning, "draw_figures", lambda results: {})
+        patch.setattr(lth_pruning, "draw_figures", draw_nothing)
         run_here(lth_pruning, folder, *ARGUMENTS)
     return folder
 
@@ -67,7 +67,7 @@ def test_three_whose_first_one_fails_have_its_sentence_not_buried_and_one_goes_o
     assert "File too large" in sentence and "Finished levels are kept" in sentence
     assert not any(word in errors for word in ("RuntimeError", "gloo", "onnection", 'lth_pruning.py", line'))
     assert set(read_metrics(tmp_path)["level"]) == {0}
-    lth.use(draw_figures=lambda results: {})
+    lth.use(draw_figures=draw_nothing)
     run_here(lth, tmp_path, *ARGUMENTS)
     assert "going on after level 0 of 1" in capsys.readouterr().out
     check_same_results(tmp_path, alone)
