@@ -44,11 +44,6 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
-def draw_nothing(_results: lth_pruning.Results) -> dict:
-    """In the place of `draw_figures`, where only the records matter."""
-    return {}
-
-
 @pytest.fixture
 def lth(monkeypatch):
     """The script as a module, and `use` to give constants or functions other values for this test alone."""
@@ -75,7 +70,7 @@ def few(lth, mnist):
 @pytest.fixture
 def undrawn(few, lth):
     """Like `few`, and without figures, which take longer than such a training."""
-    lth.use(draw_figures=draw_nothing)
+    lth.use(FIGURES=())
     return few
 
 
@@ -106,18 +101,18 @@ def run_here(lth, folder: Path, *arguments: str) -> None:
 
 
 def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
-    """A copy of the script, edited, as a module that `sys.modules` does not know; it draws nothing."""
+    """A copy of the script, edited, as a module of its own; it draws nothing."""
     text = SCRIPT.read_text()
     for old, new in edits:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     path = Path(tempfile.mkdtemp(dir=folder)) / "edited.py"
     path.write_text(text)
-    specification = importlib.util.spec_from_file_location("edited", path)
-    module = importlib.util.module_from_spec(specification)
+    specification = importlib.util.spec_from_file_location(path.parent.name, path)
+    module = sys.modules[path.parent.name] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     module.load_dataset = lambda _: data
-    module.draw_figures = draw_nothing
+    module.FIGURES = ()
     return module
 
 
