@@ -2099,20 +2099,20 @@ def run_info(device: torch.device, tickets_from: dict | None) -> dict:
     }
 
 
-def identity(info: dict, device: torch.device) -> dict:
+def identify(info: dict, device: torch.device) -> dict:
     """Return what two runs must have in common so that one can resume the other.
 
     The number of threads is part of it if there are convolutions, whose last bits depend on it.
     """
     free = ("LEVELS", "STACK_SIZE", "TICKETS_FROM", "DATA_DIR", "RESULTS_DIR", "DEVICE")
-    own = {name: value for name, value in info["constants"].items() if name not in free}
-    own |= {"code version": VERSION, "data": info["data_sha256"], "torch": info["versions"]["torch"],
-            "kind of device": device.type}
+    identity = {name: value for name, value in info["constants"].items() if name not in free}
+    identity |= {"code version": VERSION, "data": info["data_sha256"],
+                 "torch": info["versions"]["torch"], "kind of device": device.type}
     if info["tickets_from"]:
-        own["TICKETS_FROM"] = info["tickets_from"]["sha256"]
+        identity["TICKETS_FROM"] = info["tickets_from"]["sha256"]
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
-        own["number of threads"] = info["threads"]
-    return own
+        identity["number of threads"] = info["threads"]
+    return identity
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, State]:
@@ -2127,31 +2127,31 @@ def read_checkpoint(folder: Path) -> tuple[dict, State]:
         return {}, State()
 
 
-def load_state(folder: Path, own: dict) -> State:
+def load_state(folder: Path, identity: dict) -> State:
     """Return the state to resume from: the checkpoint's if it is this run's, else a new one. Say which, and why."""
     path = folder / "checkpoint.pt"
     saved, state = read_checkpoint(folder)
-    if saved == own and state.level < LEVELS:
+    if saved == identity and state.level < LEVELS:
         say(f"resuming after level {state.level} of {LEVELS}, from {path}")
-    elif saved == own:
+    elif saved == identity:
         say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
     elif saved:
-        different = sorted(name for name in own | saved if own.get(name) != saved.get(name))
+        different = sorted(name for name in identity | saved if identity.get(name) != saved.get(name))
         say(f"{folder} holds another run (with another {', another '.join(different)}): its files will be moved to "
             "previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
-    return state if saved == own else State()
+    return state if saved == identity else State()
 
 
-def save_state(state: State, folder: Path, own: dict) -> None:
+def save_state(state: State, folder: Path, identity: dict) -> None:
     """Write the checkpoint; first move whatever else of a run lies in the folder to previous/<time>/."""
     if rank_and_world_size()[0] > 0:
         return
     saved, _ = read_checkpoint(folder)
-    if saved != own:
+    if saved != identity:
         move_to_previous(folder)
-    write_atomically(folder / "checkpoint.pt", {"identity": own, "state": vars(state)})
+    write_atomically(folder / "checkpoint.pt", {"identity": identity, "state": vars(state)})
 
 
 def move_to_previous(folder: Path) -> None:
@@ -2168,7 +2168,6 @@ def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
     """Write records and tickets, which took the work, then draw everything from them."""
     records = pd.DataFrame(state.records)
     write_atomically(folder / "metrics.csv", to_csv(records))
-    write_atomically(folder / "networks.csv", to_csv(measure(records)))
     tickets = {"constants": info["constants"] | {"LEVELS": state.level},
                "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
                "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)])}
@@ -2255,8 +2254,8 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
     if saved["TRIALS"] < TRIALS or saved["LEVELS"] < LEVELS:
         raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: "
                         "set TRIALS and LEVELS to no more.")
-    found = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
-    return found, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
+    by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
+    return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
 
 # ---- Several processes, and the console ------------------------------------------------------------------------------
@@ -2359,7 +2358,7 @@ def one_of(*words: str) -> tuple[str, Callable[[str], bool]]:
     return "one of " + ", ".join(words), words.__contains__
 
 
-# What each constant must be, besides of its type, in words and as a condition
+# What each constant must be, besides its type, in words and as a condition
 REQUIREMENTS = {
     "DATASET": one_of(*CONTENTS),
     "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
@@ -2481,7 +2480,7 @@ def run_or_resume(device: torch.device) -> None:
     check_network(device)
     source_tickets, tickets_from = load_source_tickets()
     info = run_info(device, tickets_from)
-    own = identity(info, device)
+    identity = identify(info, device)
     folder = prepare_results_folder()
     init_distributed()
     rank, _ = rank_and_world_size()
@@ -2492,16 +2491,16 @@ def run_or_resume(device: torch.device) -> None:
         gather(None)
     state = State()
     if rank == 0:
-        state = load_state(folder, own)
+        state = load_state(folder, identity)
     state = gather(state)[0]                                # the first process's, on all of them
 
     try:
         if state.level < LEVELS:
             report_head()
-            run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, own))
+            run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, identity))
     finally:                                                # whatever ends it, the finished levels have results
         saved, state = read_checkpoint(folder)
-        if rank == 0 and saved == own:
+        if rank == 0 and saved == identity:
             run = write_results(state, data, info, folder)
     if rank == 0:
         say("\n" + "\n".join(verdict(run)) + f"\n\nresults: {folder}")
