@@ -5,13 +5,14 @@ training work? Iterative magnitude pruning: train dense networks, remove the sma
 round, and train the survivors again, from their original initial weights ("rewind") or from fresh random ones on the
 very same connections ("reinit").
 
-    python lth_pruning.py                                      the defaults: @MINUTES@ minutes on two CPU cores
+    python lth_pruning.py                                      the defaults: six minutes on two CPU cores
     python lth_pruning.py TRIALS=2 LEVELS=4 PRUNE_RATE=0.5     any constant below can be set for one run
 
 Writes figures, metrics.csv, networks.csv, summary.md and tickets.pt to results/. Rerun the same command to resume; a
 finished run is only redrawn.
 
-Measured with the defaults, 5 trials, test accuracy at early stop: @HEADLINE@
+Measured with the defaults, 5 trials, test accuracy at early stop: dense networks 97.35 %; with 21.1 % of the weights,
+rewind 98.05 %, reinit 96.80 %. Tickets match the dense networks with as little as 2.9 % of the weights.
 """
 
 # /// script
