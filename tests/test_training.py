@@ -1,6 +1,6 @@
 """Training: a stack against plain PyTorch, one network at a time, and what a network's numbers may depend on."""
 
-import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,21 +9,25 @@ import torch.nn.functional as F
 from conftest import BAR, seeded, use_model
 from torch import nn
 
+CPU = torch.device("cpu")
 BATCH = 32
 STEPS = 30
 
 
 def plain_logits(network: nn.Sequential, images: torch.Tensor, factors: list) -> torch.Tensor:
-    """What the layers give one after the other; dropout multiplies by the next of the factors, if there are any."""
+    """Apply the layers one after the other; dropout multiplies by the next of the factors, if there are any."""
     factors = iter(factors)
     for layer in network:
         images = images * next(factors, 1) if isinstance(layer, nn.Dropout) else layer(images)
     return images
 
 
-def drawn(network: nn.Sequential, images: int, trial: int, level: int):
-    """Image numbers and dropout's factors (batch, units), step by step: whole batches of an epoch's permutation, then
-    of another one's; 64 random bits decide about four units, the smallest 30 % of 16-bit numbers drop theirs."""
+def drawn(network: nn.Sequential, images: int, trial: int, level: int) -> Iterator[tuple[torch.Tensor, list]]:
+    """Yield image numbers and dropout's factors (batch, units), step by step.
+
+    Whole batches of an epoch's permutation, then of another one's. 64 random bits decide about four units; the
+    smallest 30 % of 16-bit numbers drop theirs.
+    """
     order = seeded("order", trial, level, seed=3)
     dropout = seeded("dropout", trial, level, seed=3)
     layers = list(network)
@@ -36,14 +40,20 @@ def drawn(network: nn.Sequential, images: int, trial: int, level: int):
             yield batch, [part.view(-1, BATCH).T for part in factors.split(sizes)]
 
 
-def plain_training(network: nn.Sequential, masks: dict, data: dict, trial: int, level: int, begin: int):
-    """Train a plain network for the steps after `begin`; yields, from there on, each step, its loss and its norm."""
+def plain_training(network: nn.Sequential, masks: dict, data: dict, trial: int, level: int, start: int,
+                   falls: bool) -> Iterator[tuple[int, float, float]]:
+    """Train a plain network for the steps after `start`; yield, from there on, each step, its loss and its norm.
+
+    If the learning rate falls, it does so by the same amount after each step, and the last step still has some.
+    """
     images, labels = data["train"]
-    yield begin, float("nan"), 1.0
+    yield start, float("nan"), 1.0
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.3)
     for step, (batch, kept) in zip(range(1, STEPS + 1), drawn(network, len(images), trial, level), strict=False):
-        if step <= begin:
+        if step <= start:
             continue
+        if falls:
+            optimizer.param_groups[0]["lr"] = np.linspace(2e-3, 0, STEPS + 1)[step - 1]
         optimizer.zero_grad()
         loss = F.cross_entropy(plain_logits(network, images[batch], kept), labels[batch])
         loss.backward()
@@ -54,114 +64,182 @@ def plain_training(network: nn.Sequential, masks: dict, data: dict, trial: int, 
         yield step, loss.item(), norm.item()
 
 
-def starting_networks(lth) -> tuple[dict, dict]:
-    """Four networks in double precision, with weights of different scales; two are pruned by half."""
+def starting_networks(lth, nets: int = 4, sparse: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """Return networks in double precision, with weights of different scales, and their masks.
+
+    Of four, two are dense and two are pruned by half, at random. All keep 10 % of each sparse layer, each its own.
+    """
     weights = lth.stack([{name: scale * tensor.double() for name, tensor in lth.initial_weights(seeded("", n)).items()}
-                         for n, scale in enumerate((1, 0.3, 2, 0.7))])
-    masks = {name: (torch.rand(tensor.shape, generator=seeded("half")) < 0.5).double()
-             for name, tensor in weights.items() if "weight" in name}
-    for mask in masks.values():
-        mask[:2] = 1
+                         for n, scale in enumerate((1, 0.3, 2, 0.7)[:nets])])
+    masks = {}
+    for name, tensor in weights.items():
+        ranks = torch.rand(tensor[:, :1].flatten(1).shape[0], tensor[0].numel(), generator=seeded(name)).argsort(1)
+        if name.removesuffix(".weight") in sparse:
+            masks[name] = (ranks < tensor[0].numel() // 10).double().view(tensor.shape)
+        elif name.endswith(".weight"):
+            masks[name] = (ranks < tensor[0].numel() // 2).double().view(tensor.shape)
+            masks[name][:nets // 2] = 1
     return lth.masked(weights, masks), masks
 
 
 def check_evaluation(measures: list, n: int, plain: nn.Sequential, data: dict, loss: float) -> None:
-    """An evaluation's n-th numbers are those of the plain network, with all of its units."""
+    """Assert that an evaluation's n-th numbers are those of the plain network, with all of its units."""
     expected = [loss]
     for part in ("validation", "test"):
         images, labels = data[part]
         logits = plain_logits(plain, images, []).detach()
         expected += [F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()]
     del expected[3]                                         # there is no test loss
-    assert [measure[n].item() for measure in measures] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert [measure[n].item() for measure in measures] == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize(("model", "level", "arms", "rewind_step", "begin"), [
-    ("mlp", 0, ("dense",), 15, 0), ("mlp", 5, ("rewind", "reinit"), 0, 0), ("mlp", 2, ("shuffle", "finetune"), 15, 15),
-    ("mlp", 5, ("reinit", "small"), 15, 0), ("lenet", 5, ("rewind", "reinit"), 0, 0),
-    ("own", 3, ("oneshot", "transfer"), 20, 20)])
-def test_a_stack_trains_as_plain_networks_do(lth, mnist, model, level, arms, rewind_step, begin):
-    """Over two epochs: the order of the images, dropout, masks before clipping, AdamW, evaluations. Late networks take
-    the steps that are left, with the images and the dropout of these steps."""
+@pytest.mark.parametrize(("model", "level", "nets", "arms", "rewind_step", "start", "schedule", "sparse"), [
+    ("mlp", 0, 4, ("dense",), 15, 0, "constant", ()),
+    ("mlp", 5, 4, ("rewind", "reinit"), 0, 0, "linear", ("fc1", "fc2")),
+    ("mlp", 2, 4, ("shuffle_mask", "finetune"), 15, 15, "linear", ("fc1", "fc2", "output")),
+    ("mlp", 2, 1, ("rewind",), 0, 0, "constant", ("fc1", "output")),
+    ("mlp", 5, 4, ("reinit", "small_dense"), 15, 0, "constant", ("fc2",)),
+    ("lenet", 5, 4, ("rewind", "reinit"), 0, 0, "constant", ()),
+    ("lenet", 5, 4, ("reinit", "keep_signs"), 15, 0, "constant", ("fc1", "fc2")),
+    ("own", 3, 4, ("oneshot", "transfer"), 20, 20, "constant", ())])
+def test_a_stack_trains_as_plain_networks_do(
+        lth, mnist, model, level, nets, arms, rewind_step, start, schedule, sparse):
+    """Over two epochs: the order of the images, dropout, masks before clipping, AdamW, evaluations.
+
+    Late networks take the remaining steps, with the images, the dropout and the learning rates of these steps.
+    """
     use_model(lth, model)
     lth.use(SEED=3, BATCH_SIZE=BATCH, EVAL_EVERY=10, EPOCHS=3, steps_per_epoch=lambda: STEPS // 3, CLIP_NORM=1.0,
-            REWIND_STEP=rewind_step, LEARNING_RATE=2e-3, WEIGHT_DECAY=0.3, DROPOUT=0.3)
+            REWIND_STEP=rewind_step, LEARNING_RATE=2e-3, WEIGHT_DECAY=0.3, DROPOUT=0.3, SCHEDULE=schedule)
     # An epoch of 21 batches leaves out 28 images; of 1,100 images to validate, the last hundred go by themselves.
     sizes = {"train": 700, "validation": 1_100 if model == "mlp" else 200, "test": 100}
     images, labels = mnist["train"]
     data = {part: (images[:size].double(), labels[:size]) for part, size in sizes.items()}
-    lth.check_network(torch.device("cpu"))                  # is not refused
-    weights, masks = starting_networks(lth)
-    networks = [(arm, trial) for trial in range(4 // len(arms)) for arm in arms]
-    early, trained, evaluations = lth.train(weights, masks, data, networks, level, BAR)
-    assert [step for step, *_ in evaluations] == [begin, *(step for step in (10, 20, 25, 30) if step > begin)]
+    lth.check_network(CPU)                                  # is not refused
+    weights, masks = starting_networks(lth, nets, sparse)
+    assert [*lth.sparse_layers(masks, {1, nets}, CPU)] == [f"{name}.weight" for name in sparse]
+    networks = [(arm, trial) for trial in range(nets // len(arms)) for arm in arms]
+    rewind_weights, trained, evaluations = lth.train(weights, masks, data, networks, level, BAR)
+    assert [step for step, *_ in evaluations] == [start, *(step for step in (10, 20, 25, 30) if step > start)]
     norms = []
     for n, (_, trial) in enumerate(networks):
         plain = lth.as_plain_network(lth.build_network(model, 0.3), lth.pick(weights, n))
         measured = {step: measures for step, *measures in evaluations}
         losses = []
-        for step, loss, norm in plain_training(plain, lth.pick(masks, n), data, trial, level, begin):
+        for step, loss, norm in plain_training(plain, lth.pick(masks, n), data, trial, level, start,
+                                               schedule == "linear"):
             losses.append(loss)
             norms.append(norm)
             if step == rewind_step:
-                torch.testing.assert_close(lth.pick(early, n), dict(plain.state_dict()), rtol=1e-7, atol=1e-9)
+                torch.testing.assert_close(lth.pick(rewind_weights, n), dict(plain.state_dict()), rtol=0, atol=1e-11)
             if step in measured:
                 check_evaluation(measured[step], n, plain, data, np.mean(losses))
                 losses = []
-        torch.testing.assert_close(lth.pick(trained, n), dict(plain.state_dict()), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(lth.pick(trained, n), dict(plain.state_dict()), rtol=0, atol=1e-11)
     assert min(norms) < 1 < max(norms)                      # some were clipped, and some were not
 
 
-def trained_alike(lth, mnist: dict, networks: list, randoms: list) -> dict:
-    """All that training gives, network by network, as a list of tensors; networks start dense, drawn by `randoms`."""
-    start = lth.stack([lth.initial_weights(random) for random in randoms])
+def trained_alike(lth, mnist: dict, networks: list, rngs: list, density: float = 1) -> dict:
+    """Return all that training gives, network by network, as a list of tensors; networks are drawn by `rngs`."""
+    start = lth.stack([lth.initial_weights(rng) for rng in rngs])
+    masks = lth.full_masks(start)
+    for name, mask in masks.items():
+        if mask.dim() == 3:
+            kept = torch.rand(mask[0].numel(), generator=seeded(name)).argsort() < density * mask[0].numel()
+            mask[:] = kept.view(mask[0].shape)
     data = {part: (images[:300], labels[:300]) for part, (images, labels) in mnist.items()}
-    early, trained, evaluations = lth.train(start, lth.full_masks(start), data, networks, 1, BAR)
+    early, trained, evaluations = lth.train(lth.masked(start, masks), masks, data, networks, 1, BAR)
     measures = [measure.nan_to_num() for _, *measures in evaluations for measure in measures]
     return {network: [tensor[n] for tensor in (*early.values(), *trained.values(), *measures)]
             for n, network in enumerate(networks)}
 
 
 @pytest.mark.parametrize("batch", [10, 128])
-@pytest.mark.parametrize(("model", "stacks"), [
-    ("lenet", [(1, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2)]),
-    ("lenet", [(2, [0, 1, 2, 3, 4], 2), (2, [1], 2), (2, [4, 2], 2)]),
-    ("mlp", [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2), (2, [2], 2), (2, [4, 0], 1)])])
-def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, request, model, stacks, batch):
-    """To the bit, with dropout: in stacks of one, two or five trials; an MLP also among other arms and with another
-    number of threads. A lone product is rounded otherwise than one of many, and so is the end of AdamW's tensor."""
+@pytest.mark.parametrize(("model", "density", "stacks"), [
+    ("lenet", 1, [(1, [0, 1, 2, 3, 4], 1), (1, [1], 1), (1, [4, 2], 1)]),
+    ("lenet", 0.1, [(2, [0, 1, 2, 3, 4], 1), (2, [1], 1), (2, [4, 2], 1)]),
+    ("mlp", 1, [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2), (2, [2], 2), (2, [4, 0], 1)]),
+    ("mlp", 0.1, [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 1), (2, [2], 2), (2, [4, 0], 1)])])
+def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, request, model, density, stacks, batch):
+    """To the bit, with dropout: in stacks of one, two or five trials, dense or with sparse layers.
+
+    An MLP also among other arms and with another number of threads. A lone product is rounded otherwise than one of
+    many, and so is the end of AdamW's tensor.
+    """
     lth.use(MODEL=model, BATCH_SIZE=batch, EVAL_EVERY=4, EPOCHS=1, steps_per_epoch=lambda: 8)
     threads_before = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads_before))
     found = {}
     for arms, trials, threads in stacks:
-        networks = [(arm, trial) for trial in trials for arm in ("rewind", "reinit", "shuffle")[:arms]]
+        networks = [(arm, trial) for trial in trials for arm in ("rewind", "reinit", "shuffle_mask")[:arms]]
         torch.set_num_threads(threads)
-        results = trained_alike(lth, mnist, networks, [seeded(arm, trial) for arm, trial in networks])
+        results = trained_alike(lth, mnist, networks, [seeded(arm, trial) for arm, trial in networks], density)
         for network, tensors in results.items():
             assert all(map(torch.equal, found.setdefault(network, tensors), tensors)), (network, arms, trials)
 
 
-@pytest.mark.parametrize("dropout", [0.2, 0])
-def test_trials_have_dropout_of_their_own_and_arms_share_their_trials(lth, mnist, dropout):
-    """Of the same initial weights and order of images, dropout alone tells trials apart; without it, nothing does."""
+@pytest.mark.parametrize(("dropout", "shared", "density"), [(0.2, "order", 1), (0, "dropout", 1), (0, "order", 0.1)])
+def test_arms_share_batches_and_dropout_and_trials_do_not(lth, mnist, dropout, shared, density):
+    """Networks with the same initial weights: what their trials do not share tells them apart, and nothing else."""
     draw = lth.generator
     lth.use(DROPOUT=dropout, EPOCHS=1, steps_per_epoch=lambda: 5, generator=lambda purpose, trial=0, *rest: (
-        draw(purpose, 0 if purpose == "order" else trial, *rest)))
+        draw(purpose, 0 if purpose == shared else trial, *rest)))
     networks = [("rewind", 0), ("reinit", 0), ("rewind", 1), ("reinit", 1)]
-    a, b, c, d = trained_alike(lth, mnist, networks, [seeded("start") for _ in networks]).values()
+    a, b, c, d = trained_alike(lth, mnist, networks, [seeded("start") for _ in networks], density).values()
     assert all(map(torch.equal, a, b)) and all(map(torch.equal, c, d))
-    assert all(map(torch.equal, a, c)) == (dropout == 0)
+    assert all(map(torch.equal, a, c)) == (dropout == 0 and shared == "order")
 
 
-def test_pruned_weights_stay_zero_and_nothing_is_carried_over(lth, mnist):
+def test_dropout_keeps_the_mean_and_drops_as_many_units_as_it_says(lth):
+    """A share of 0.3 of the units, but for five standard errors; the others are scaled up by 1 / 0.7."""
+    lth.use(DROPOUT=0.3, BATCH_SIZE=500)
+    draws = lth.dropout_masks(lth.build_network("mlp", 0.3), [0, 1], 2, CPU)
+    first, second = next(draws), next(draws)
+    for masks in (first, second):
+        assert [mask.shape for mask in masks] == [(2, 300, 500), (2, 100, 500)]
+        for mask in masks:
+            assert set(mask.unique().tolist()) == {0, np.float32(1 / 0.7)}
+            assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / mask.numel()) ** 0.5)
+            assert not torch.equal(mask[0], mask[1])
+    assert not torch.equal(first[0], second[0])
+
+
+def test_an_epoch_is_a_permutation_without_its_incomplete_batch(lth):
+    """Each epoch has another one; the images that one leaves out are in another."""
+    lth.use(BATCH_SIZE=8)
+    order = lth.batches(100, [0, 3], 1, CPU)
+    epochs = [torch.cat([next(order) for _ in range(12)], dim=1) for _ in range(3)]
+    for epoch in epochs:
+        assert epoch.shape == (2, 96) and all(len(row.unique()) == 96 for row in epoch)
+    for row in range(2):
+        assert len({tuple(sorted(epoch[row].tolist())) for epoch in epochs}) == 3
+    assert not torch.equal(epochs[0][0], epochs[0][1])
+    lth.use(BATCH_SIZE=128, VALIDATION_SIZE=5_000)
+    assert lth.steps_per_epoch() == 429                     # of 55,000 images, 88 are left out
+
+
+def test_gradients_are_clipped_network_by_network(lth):
+    """As clip_grad_norm_ does it: a large gradient leaves the others alone, and small ones stay what they are."""
+    gradients = torch.randn(4, 1000, generator=seeded("gradients")) * torch.tensor([[1e3], [1e-3], [0.1], [0]])
+    expected = []
+    for row in gradients:
+        parameter = nn.Parameter(torch.zeros(1000))
+        parameter.grad = row.clone()
+        nn.utils.clip_grad_norm_([parameter], 2.0)
+        expected.append(parameter.grad)
+    lth.clip_per_network(gradients, 2.0)
+    torch.testing.assert_close(gradients, torch.stack(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sparse", [(), ("fc1", "fc2")])
+def test_pruned_weights_stay_zero_and_nothing_is_carried_over(lth, mnist, sparse):
     """Exactly zero after decay, moments and clipping. What training starts from keeps every bit."""
     lth.use(EPOCHS=1, steps_per_epoch=lambda: 20)
-    start, masks = (lth.copied(tensors) for tensors in starting_networks(lth))
+    start, masks = starting_networks(lth, 4, sparse)
     data = {part: (images[:500].double(), labels[:500]) for part, (images, labels) in mnist.items()}
     networks = [(arm, trial) for trial in range(2) for arm in ("rewind", "reinit")]
     (early, trained, _), (_, again, _) = (lth.train(start, masks, data, networks, 1, BAR) for _ in range(2))
-    for name, tensor in starting_networks(lth)[0].items():
+    for name, tensor in starting_networks(lth, 4, sparse)[0].items():
         assert torch.equal(start[name], tensor) and torch.equal(early[name], tensor)
         assert not torch.equal(trained[name], tensor) and torch.equal(trained[name], again[name])
         assert name not in masks or torch.equal(trained[name] != 0, masks[name] == 1)
@@ -180,16 +258,3 @@ def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
         start["fc1.bias"][1, 0] = float("nan")
     with pytest.raises(lth.UserError, match="reinit, trial 7, at level 3 was not finite by step 25"):
         lth.check_finite(torch.tensor([1, torch.nan]), (25, *torch.ones(4, 2)), networks, 3)
-
-
-@pytest.mark.parametrize(("device", "most"), [("cpu", 20), ("cuda", 200)])
-def test_stacks_hold_all_networks_once_and_the_arms_of_a_trial_together(lth, device, most):
-    """Of 50 trials: trial by trial, all starting at one step, and no more stacks than their size asks for."""
-    late = {"rewind", "permute", "finetune", "shuffle", "oneshot", "transfer"}
-    for arms, step in itertools.product((("rewind",), ("reinit", "rewind"), tuple(lth.ARM_TABLE)), (0, 100)):
-        lth.use(TRIALS=50, ARMS=arms, REWIND_STEP=step)
-        groups = [[arm for arm in arms if step * (arm in late) == begin] for begin in sorted({0, step})]
-        expected = [[(arm, trial) for trial in range(begin, min(begin + most // len(group), 50)) for arm in group]
-                    for group in groups if group for begin in range(0, 50, most // len(group))]
-        assert list(lth.stacks(1, torch.device(device))) == expected
-        assert [*itertools.chain(*lth.stacks(0, torch.device(device)))] == [("dense", trial) for trial in range(50)]
