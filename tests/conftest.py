@@ -7,10 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -38,11 +35,11 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run the real script in a process of its own, as a user does, and return what it printed and its exit code."""
+    """Run the real script in a process of its own, as a user does; its result has exit code and output."""
     return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=300)
 
 
-def run_here(lth: ModuleType, folder: Path, *arguments: str) -> None:
+def run_here(lth, folder: Path, *arguments: str) -> None:
     """Run the script's main in this process, which saves the seconds that a new one takes for its imports."""
     lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
 
@@ -75,8 +72,8 @@ def mnist():
 @pytest.fixture
 def few(lth, mnist):
     """Fewer images, for runs in this process of which only the machinery matters."""
-    sizes = {"train": 11_000, "validation": 1_000, "test": 1_000}
-    parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
+    parts = {name: (images[:size], labels[:size]) for (name, (images, labels)), size in
+             zip(mnist.items(), (11_000, 1_000, 1_000), strict=True)}
     lth.use(load_dataset=lambda _: parts)
     return parts
 
@@ -102,14 +99,14 @@ def own_network(_model: str, dropout: float) -> nn.Sequential:
         relu2=nn.ReLU(), fc1=nn.Linear(140, 20), tanh1=nn.Tanh(), drop1=nn.Dropout(dropout), output=nn.Linear(20, 10)))
 
 
-def use_model(lth: ModuleType, model: str) -> None:
+def use_model(lth, model: str) -> None:
     """Set MODEL; "own" is the network above."""
     lth.use(MODEL=model)
     if model == "own":
         lth.use(build_network=own_network)
 
 
-def load_copy(folder: Path, data: dict, *edits: tuple[str, str]) -> ModuleType:
+def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
     """Load an edited copy of the script as a module of its own; it draws nothing."""
     text = SCRIPT.read_text()
     for old, new in edits:
@@ -145,7 +142,7 @@ def check_same_results(one: Path, other: Path) -> None:
 
 
 @contextlib.contextmanager
-def at_each_level(lth: ModuleType, happens: Callable[[int], None]) -> Iterator[None]:
+def at_each_level(lth, happens):
     """Call `happens` with the level before each training of a stack."""
     train = lth.train
     with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +150,7 @@ def at_each_level(lth: ModuleType, happens: Callable[[int], None]) -> Iterator[N
         yield
 
 
-def ends_at(lth: ModuleType, level: int, error: BaseException) -> AbstractContextManager:
+def ends_at(lth, level: int, error: BaseException):
     """Let the training of a level end with an error before it begins."""
     def end(begun: int) -> None:
         if begun == level:

@@ -1,6 +1,6 @@
 """Pruning, arms and the level loop, against torch.nn.utils.prune and numpy; nothing is trained here."""
 
-import itertools
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ ARMS = (*ON_ITS_MASK, "shuffle_mask", "oneshot", "magnitude_at_init", "small_den
 # The units of each model's hidden layers, and how many weights it has with so many or fewer
 HIDDEN = {"LeNet-300-100": ((300, 100), lambda a, b: 784 * a + a * b + 10 * b),
           "LeNet-5": ((6, 16, 120, 84), lambda a, b, c, d: 25 * a + 25 * a * b + 25 * b * c + c * d + 10 * d)}
-EACH = list(itertools.product(range(2), range(1, 4)))       # trials and levels
+EACH = list(product(range(2), range(1, 4)))       # trials and levels
 
 
 def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> to
     return torch.from_numpy(remaining).view(mask.shape)
 
 
-@pytest.mark.parametrize(("model", "scope"), [("mlp", "layer"), ("lenet", "layer"), ("own", "layer"), ("mlp", "global")])
+@pytest.mark.parametrize(("model", "scope"), [*product(["mlp", "lenet", "own"], ["layer"]), ("mlp", "global")])
 def test_pruning_removes_what_pytorch_removes(lth, model, scope):
     """Over four levels, with new weights at each: what was pruned stays so. Layer by layer, half the rate in
     convolutions and the output layer; a global scope has one rate, and must leave every layer some weight."""
@@ -39,7 +39,7 @@ def test_pruning_removes_what_pytorch_removes(lth, model, scope):
     lth.use(PRUNE_RATE=0.3, PRUNE_SCOPE=scope)
     plain = lth.build_network(model, 0).to_empty(device="cpu")
     rates = lth.prune_rates(plain)
-    layers = {name: plain.get_submodule(name.removesuffix(".weight")) for name in plain.state_dict() if "weight" in name}
+    layers = {f"{name}.weight": layer for name, layer in plain.named_children() if hasattr(layer, "weight")}
     masks = {name: torch.ones(layer.weight.shape) for name, layer in layers.items()}
     for level in range(4):
         weights = {name: scale * torch.randn(mask.shape, generator=seeded(name, 0, level))
@@ -77,10 +77,9 @@ def test_counts_are_exact_and_ties_go_by_index(lth, scope):
 
 @pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
 def run(request):
-    """Two trials and three levels of all arms: what each was given, what its network started from, and what came out of
-    a training that adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
+    """Two trials and three levels of all arms: what each network started from, and what came out of a training that adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
     model, rewind_step = request.param
-    run = SimpleNamespace(given=[], start={}, trained={}, source={}, state=lth_pruning.State(), saved=[])
+    run = SimpleNamespace(start={}, trained={}, source={}, state=lth_pruning.State(), saved=[])
 
     def train(weights, masks, _data, networks, level, _bar):
         early = {name: tensor + rewind_step for name, tensor in weights.items()}
@@ -98,8 +97,6 @@ def run(request):
 
     table = lth_pruning.ARM_TABLE | {name: lth_pruning.Arm(own_arm, name, "red", "o") for name in OWN}
     assert set(table) == set(ARMS)
-    table = {name: arm._replace(start=lambda given, start=arm.start: run.given.append(given) or start(given))
-             for name, arm in table.items()}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MODEL": model, "TRIALS": 2, "LEVELS": 3, "PRUNE_RATE": 0.7, "ARMS": ARMS,
                             "REWIND_STEP": rewind_step, "ARM_TABLE": table, "train": train,
@@ -132,9 +129,11 @@ def check_start(run, arm: str, trial: int, level: int, weights: dict, masks: dic
 
 
 def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_level_before(run):
-    """Of the dense ones at first, and of no other arm. After each level the state is saved."""
+    """Of the dense ones at first, and of no other arm. After each level the state is saved; no arm has changed it."""
     assert run.saved == [0, 1, 2, 3]
     for trial in range(2):
+        torch.testing.assert_close(run.state.theta_k[trial], run.late[trial])
+        torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
         masks = dict(run.start["dense", trial, 0][1])
         assert all(mask.all() for mask in masks.values())
         for level in range(1, 4):
@@ -201,9 +200,9 @@ def test_values_are_shuffled_among_survivors_and_masks_are_shuffled_whole(run):
 def test_small_dense_is_a_narrower_network_with_about_as_many_weights(run):
     """No other scale of its hidden layers comes nearer: of at least 10 units, or a feature map. INIT draws it."""
     units, count = HIDDEN[run.plain.name]
-    for level in range(1, 4):
-        weights, blocks = run.start["small_dense", 0, level]
-        survivors = sum(int(mask.sum()) for mask in run.start["rewind", 0, level][1].values())
+    for trial, level in EACH:
+        weights, blocks = run.start["small_dense", trial, level]
+        survivors = sum(int(mask.sum()) for mask in run.start["rewind", trial, level][1].values())
         distances = [abs(count(*(max(10 if full > 16 else 1, round(full * k / 1000)) for full in units)) - survivors)
                      for k in range(1001)]
         assert abs(sum(int(block.sum()) for block in blocks.values()) - survivors) == min(distances)
@@ -212,25 +211,9 @@ def test_small_dense_is_a_narrower_network_with_about_as_many_weights(run):
             if not hasattr(layer, "weight"):
                 x = layer(x)
                 continue
-            block = blocks[f"{name}.weight"]
-            values = weights[f"{name}.weight"][:int(block.flatten(1).any(1).sum()), :x.shape[1]]
-            assert torch.equal(weights[f"{name}.weight"] != 0, block == 1)
-            assert block.sum() == values.numel() == values.count_nonzero()      # the first units, and all of these
+            weight, block = weights[f"{name}.weight"], blocks[f"{name}.weight"]
+            values = weight[:int(block.flatten(1).any(1).sum()), :x.shape[1]]           # of the first units, all
+            assert torch.equal(weight != 0, block == 1) and block.sum() == values.numel() == values.count_nonzero()
             variance = pytest.approx(2 / values[0].numel(), rel=4.5 * (2 / values.numel()) ** 0.5)
             assert values.square().mean().item() == variance, name
             x = F.linear(x, values) if x.dim() == 2 else F.conv2d(x, values, padding=layer.padding)
-
-
-def test_arms_get_one_networks_tensors_as_pytorch_shapes_them_and_change_nothing(run):
-    """theta0, dense and trained networks are nobody's workspace."""
-    shapes = {name: parameter.shape for name, parameter in run.plain.named_parameters()}
-    prunable = {name: shape for name, shape in shapes.items() if "weight" in name}
-    assert len(run.given) == len(ARMS) * len(EACH)
-    for given in run.given:
-        found = [given.theta0, given.dense, given.trained, given.source_ticket[0], given.masks, given.source_ticket[1]]
-        assert [{name: tensor.shape for name, tensor in tensors.items()}
-                for tensors in found] == 4 * [shapes] + 2 * [prunable]
-    for trial in range(2):
-        torch.testing.assert_close(run.state.theta_k[trial], run.late[trial])
-        torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
-        torch.testing.assert_close(run.state.trained[trial], run.trained["rewind", trial, 3], rtol=0, atol=0)
