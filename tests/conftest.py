@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import lth_pruning
@@ -89,21 +87,6 @@ def seeded(purpose: str, trial: int = 0, level: int = 0, seed: int = DEFAULTS["S
     """Seed the random numbers of a purpose: the script's recipe, written a second time."""
     words = np.random.SeedSequence([seed, trial, level, *purpose.encode()]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
-
-
-def own_network(_model: str, dropout: float) -> nn.Sequential:
-    """A user's own network: kernels that are not square, a stride, uneven padding, overlapping pools."""
-    return nn.Sequential(OrderedDict(
-        conv1=nn.Conv2d(1, 5, (5, 3), stride=2, padding=(2, 1)), relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(3, stride=2, padding=1), conv2=nn.Conv2d(5, 4, (1, 3)), flatten=nn.Flatten(),
-        relu2=nn.ReLU(), fc1=nn.Linear(140, 20), tanh1=nn.Tanh(), drop1=nn.Dropout(dropout), output=nn.Linear(20, 10)))
-
-
-def use_model(lth, model: str) -> None:
-    """Set MODEL; "own" is the network above."""
-    lth.use(MODEL=model)
-    if model == "own":
-        lth.use(build_network=own_network)
 
 
 def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):

@@ -113,6 +113,3 @@ def test_a_ticket_brought_back_to_where_it_was_found_is_the_ticket(lth, undrawn,
     assert set(starts.index[starts == 0]) == from_0 and set(starts) == {0, 4}
     expected = of(read_metrics(tmp_path / "first"), "rewind", 2)[NUMBERS].to_numpy()
     np.testing.assert_array_equal(of(rows, "transfer", 2)[NUMBERS].to_numpy(), expected)
-    for argument in ("LEVELS=0", "MODEL=lenet"):            # dense networks alone and convolutions have results, too
-        run_here(lth, tmp_path / argument, *QUICK, argument)
-        assert {"summary.md", "tickets.pt"} <= names(tmp_path / argument)

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("model", "weights", "biases"), [
-    ("mlp", 784 * 300 + 300 * 100 + 100 * 10, 410), ("lenet", 6 * 25 + 6 * 16 * 25 + 400 * 120 + 120 * 84 + 84 * 10, 236)])
+    ("mlp", 784 * 300 + 300 * 100 + 100 * 10, 410), ("lenet", 150 + 2_400 + 400 * 120 + 120 * 84 + 84 * 10, 236)])
 @pytest.mark.parametrize("init", ["kaiming_normal", "xavier_normal"])
 def test_networks_have_the_literatures_sizes_and_initial_weights(lth, model, weights, biases, init):
     """266,200 weights are the paper's 266K. He's variance is by a unit's inputs, Glorot's by the mean of inputs and

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BAR, seeded, use_model
+from conftest import BAR, seeded
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import lth_pruning
 
-OWN = ("order", "dropout")              # a user's arms, called as purposes of the script's own are
-ON_ITS_MASK = ("rewind", "reinit", "shuffle_weights", "keep_signs", "finetune", *OWN)       # the ticket's
+ON_ITS_MASK = ("rewind", "reinit", "shuffle_weights", "keep_signs", "finetune")             # the ticket's
 ARMS = (*ON_ITS_MASK, "shuffle_mask", "oneshot", "magnitude_at_init", "small_dense", "transfer")
 # The units of each model's hidden layers, and how many weights it has with so many or fewer
 HIDDEN = {"LeNet-300-100": ((300, 100), lambda a, b: 784 * a + a * b + 10 * b),
@@ -31,12 +30,11 @@ def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> to
     return torch.from_numpy(remaining).view(mask.shape)
 
 
-@pytest.mark.parametrize(("model", "scope"), [*product(["mlp", "lenet", "own"], ["layer"]), ("mlp", "global")])
+@pytest.mark.parametrize(("model", "scope"), [("mlp", "layer"), ("lenet", "layer"), ("mlp", "global")])
 def test_pruning_removes_what_pytorch_removes(lth, model, scope):
     """Over four levels, with new weights at each: what was pruned stays so. Layer by layer, half the rate in
     convolutions and the output layer; a global scope has one rate, and must leave every layer some weight."""
-    use_model(lth, model)
-    lth.use(PRUNE_RATE=0.3, PRUNE_SCOPE=scope)
+    lth.use(MODEL=model, PRUNE_RATE=0.3, PRUNE_SCOPE=scope)
     plain = lth.build_network(model, 0).to_empty(device="cpu")
     rates = lth.prune_rates(plain)
     layers = {f"{name}.weight": layer for name, layer in plain.named_children() if hasattr(layer, "weight")}
@@ -77,7 +75,8 @@ def test_counts_are_exact_and_ties_go_by_index(lth, scope):
 
 @pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
 def run(request):
-    """Two trials and three levels of all arms: what each network started from, and what came out of a training that adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
+    """Two trials and three levels of all arms: what each network started from, and what came out of a training that
+    adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
     model, rewind_step = request.param
     run = SimpleNamespace(start={}, trained={}, source={}, state=lth_pruning.State(), saved=[])
 
@@ -91,16 +90,11 @@ def run(request):
             run.trained[arm, trial, level] = lth_pruning.to_cpu(lth_pruning.pick(trained, n))
         return early, trained, [(9, *[torch.ones(len(networks))] * 4)]
 
-    def own_arm(given):
-        moved = {name: value + torch.rand(value.shape, generator=given.rng) for name, value in given.theta0.items()}
-        return lth_pruning.masked(moved, given.masks), given.masks
-
-    table = lth_pruning.ARM_TABLE | {name: lth_pruning.Arm(own_arm, name, "red", "o") for name in OWN}
-    assert set(table) == set(ARMS)
+    assert set(lth_pruning.ARM_TABLE) == set(ARMS)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MODEL": model, "TRIALS": 2, "LEVELS": 3, "PRUNE_RATE": 0.7, "ARMS": ARMS,
-                            "REWIND_STEP": rewind_step, "ARM_TABLE": table, "train": train,
-                            "report_level": lambda *_: None, "progress_bar": lambda _: BAR}.items():
+                            "REWIND_STEP": rewind_step, "train": train, "report_level": lambda *_: None,
+                            "progress_bar": lambda _: BAR}.items():
             patch.setattr(lth_pruning, name, value)
         run.plain = lth_pruning.build_network(model, 0)
         for trial in range(2):
@@ -168,10 +162,6 @@ def test_arms_start_from_what_they_say(run):
         weights, levels = run.source[trial]
         found = {name: ((pruned == 0) | (pruned > level)).float() for name, pruned in levels.items()}
         check_start(run, "transfer", trial, level, weights, found)
-        for own in OWN:
-            rng = seeded(f"arm {own}", trial, level)                            # in the order of the parameters
-            moved = {name: tensor + torch.rand(tensor.shape, generator=rng) for name, tensor in late.items()}
-            check_start(run, own, trial, level, moved, masks)
 
 
 def test_values_are_shuffled_among_survivors_and_masks_are_shuffled_whole(run):
