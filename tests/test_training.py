@@ -31,9 +31,9 @@ def plain_logits(network: nn.Sequential, images: torch.Tensor, factors: list) ->
     return images
 
 
-def drawn(network: nn.Sequential, images: int, trial: int, level: int) -> Iterator[tuple[torch.Tensor, list]]:
+def drawn(network: nn.Sequential, images: int, trial: int, level: int, dropped: float) -> Iterator[tuple]:
     """Yield image numbers and dropout's factors (batch, units): whole batches of an epoch's permutation, then of
-    another one's; 64 random bits decide about four units, the smallest 30 % of 16-bit numbers drop theirs."""
+    another one's; 64 random bits decide about four units, the smallest share of 16-bit numbers drop theirs."""
     order = seeded("order", trial, level, seed=3)
     dropout = seeded("dropout", trial, level, seed=3)
     layers = list(network)
@@ -42,27 +42,28 @@ def drawn(network: nn.Sequential, images: int, trial: int, level: int) -> Iterat
         for batch in torch.randperm(images, generator=order)[:images // BATCH * BATCH].split(BATCH):
             words = torch.empty(-(-sum(sizes) // 4), dtype=torch.int64).random_(-2**63, None, generator=dropout)
             ranks = words.numpy().view(np.int16)[:sum(sizes)].astype(int) + 2**15               # 0 to 65535
-            factors = torch.from_numpy(np.where(ranks < round(0.3 * 2**16), 0, np.float32(1 / 0.7)))
+            factors = torch.from_numpy(np.where(ranks < round(dropped * 2**16), 0, np.float32(1 / (1 - dropped))))
             yield batch, [part.view(-1, BATCH).T for part in factors.split(sizes)]
 
 
-def plain_training(network: nn.Sequential, masks: dict, data: dict, trial: int, level: int, start: int,
-                   falls: bool) -> Iterator[tuple[int, float, float]]:
+def plain_training(lth, network: nn.Sequential, masks: dict, data: dict, trial: int, level: int,
+                   start: int) -> Iterator[tuple[int, float, float]]:
     """Train a plain network for the steps after `start`; yield, from there on, each step, its loss and its norm."""
     images, labels = data["train"]
     yield start, float("nan"), 1.0
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.3)
-    for step, (batch, kept) in zip(range(1, STEPS + 1), drawn(network, len(images), trial, level), strict=False):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=lth.WEIGHT_DECAY)
+    draws = drawn(network, len(images), trial, level, lth.DROPOUT)
+    for step, (batch, kept) in zip(range(1, STEPS + 1), draws, strict=False):
         if step <= start:
             continue
-        if falls:                                           # evenly; the last step still has some learning rate
+        if lth.SCHEDULE == "linear":                        # evenly; the last step still has some learning rate
             optimizer.param_groups[0]["lr"] = np.linspace(2e-3, 0, STEPS + 1)[step - 1]
         optimizer.zero_grad()
         loss = F.cross_entropy(plain_logits(network, images[batch], kept), labels[batch])
         loss.backward()
         for name, mask in masks.items():
             network.get_parameter(name).grad *= mask
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), lth.CLIP_NORM or float("inf"))
         optimizer.step()
         yield step, loss.item(), norm.item()
 
@@ -92,22 +93,27 @@ def plain_evaluation(plain: nn.Sequential, data: dict) -> list[float]:
     return [*found[:2], found[3]]
 
 
-@pytest.mark.parametrize(("model", "level", "nets", "arms", "rewind_step", "start", "schedule", "sparse"), [
-    ("mlp", 0, 4, ("dense",), 15, 0, "constant", ()),
-    ("mlp", 5, 4, ("rewind", "reinit"), 0, 0, "linear", ("fc1", "fc2")),
-    ("mlp", 2, 4, ("shuffle_mask", "finetune"), 15, 15, "linear", ("fc1", "fc2", "output")),
-    ("mlp", 2, 1, ("rewind",), 0, 0, "constant", ("fc1", "output")),
-    ("mlp", 5, 4, ("reinit", "small_dense"), 15, 0, "constant", ("fc2",)),
-    ("lenet", 5, 4, ("rewind", "reinit"), 0, 0, "constant", ()),
-    ("lenet", 5, 4, ("reinit", "keep_signs"), 15, 0, "constant", ("fc1", "fc2")),
-    ("own", 3, 4, ("oneshot", "transfer"), 20, 20, "constant", ())])
+FALLING = {"SCHEDULE": "linear"}
+AS_IN_THE_PAPER = {"DROPOUT": 0, "CLIP_NORM": None, "WEIGHT_DECAY": 0}
+
+
+@pytest.mark.parametrize(("model", "level", "arms", "nets", "rewind_step", "start", "sparse", "constants"), [
+    ("mlp", 0, ("dense",), 4, 15, 0, (), {}),
+    ("mlp", 5, ("rewind", "reinit"), 4, 0, 0, ("fc1", "fc2"), FALLING),
+    ("mlp", 2, ("shuffle_mask", "finetune"), 4, 15, 15, ("fc1", "fc2", "output"), FALLING),
+    ("mlp", 2, ("rewind",), 1, 0, 0, ("fc1", "output"), {}),
+    ("mlp", 5, ("reinit", "small_dense"), 4, 15, 0, ("fc2",), AS_IN_THE_PAPER),
+    ("lenet", 5, ("rewind", "reinit"), 4, 0, 0, (), AS_IN_THE_PAPER),
+    ("lenet", 5, ("reinit", "keep_signs"), 4, 15, 0, ("fc1", "fc2"), {}),
+    ("own", 3, ("oneshot", "transfer"), 4, 20, 20, (), {})])
 def test_a_stack_trains_as_plain_networks_do(
-        lth, mnist, model, level, nets, arms, rewind_step, start, schedule, sparse):
+        lth, mnist, model, level, arms, nets, rewind_step, start, sparse, constants):
     """Over two epochs: the order of the images, dropout, masks before clipping, AdamW, evaluations. Late networks take
     the remaining steps, with the images, the dropout and the learning rates of these steps. Zeros stay zero."""
     lth.use(MODEL=model, build_network=own_network if model == "own" else lth.build_network)
-    lth.use(SEED=3, BATCH_SIZE=BATCH, EVAL_EVERY=10, EPOCHS=3, steps_per_epoch=lambda: STEPS // 3, CLIP_NORM=1.0,
-            REWIND_STEP=rewind_step, LEARNING_RATE=2e-3, WEIGHT_DECAY=0.3, DROPOUT=0.3, SCHEDULE=schedule)
+    lth.use(**{"SEED": 3, "BATCH_SIZE": BATCH, "EVAL_EVERY": 10, "EPOCHS": 3, "steps_per_epoch": lambda: STEPS // 3,
+               "CLIP_NORM": 1.0, "REWIND_STEP": rewind_step, "LEARNING_RATE": 2e-3, "WEIGHT_DECAY": 0.3,
+               "DROPOUT": 0.3} | constants)
     # An epoch of 21 batches leaves out 28 images; of 1,100 images to validate, the last hundred go by themselves.
     sizes = {"train": 700, "validation": 1_100 if model == "mlp" else 200, "test": 100}
     images, labels = mnist["train"]
@@ -124,10 +130,9 @@ def test_a_stack_trains_as_plain_networks_do(
     measured = {step: metrics for step, *metrics in evaluations}
     norms = []
     for n, (_, trial) in enumerate(networks):
-        plain = lth.as_plain_network(lth.build_network(model, 0.3), lth.pick(weights, n))
+        plain = lth.as_plain_network(lth.build_network(model, lth.DROPOUT), lth.pick(weights, n))
         losses = []
-        for step, loss, norm in plain_training(plain, lth.pick(masks, n), data, trial, level, start,
-                                               schedule == "linear"):
+        for step, loss, norm in plain_training(lth, plain, lth.pick(masks, n), data, trial, level, start):
             losses.append(loss)
             norms.append(norm)
             if step == rewind_step:
