@@ -1,23 +1,23 @@
-"""How long one training step of one network takes: as tutorials write it, as a tuned loop, in the stack, and at best.
+"""Training-step time per network, relative to this script's dense step with ten networks in a stack. Not a test.
 
-    python tests/benchmark.py              both models, batches of 60 and 128, on the CPU
-    python tests/benchmark.py MODEL=lenet BATCH_SIZE=128 DEVICE=cuda     only these; any other constant can be set too
+    python tests/benchmark.py              batches of 60 and 128, in about four minutes
+    python tests/benchmark.py 2            with two rounds, to see that it works
 
-Everything is measured in turn, several times, in one process: quote the ratios. A measurement, not a test.
+All ways are timed in turn, round after round, in one process, so that a machine's moods hit them alike: quote the
+ratios. Each step gathers a batch, applies dropout, masks and clips gradients, and updates by AdamW.
 
-loader    a DataLoader that transforms image by image, one network, AdamW, clip_grad_norm_, a loop over masks
-plain     one network, the data set as one tensor in memory, fused AdamW
-jax       ten MLPs, the same step by vmap, 20 of them in a scan; where jax and optax are installed
-stack     lth_pruning.train, ten networks of two arms together
-floor     products, convolutions and AdamW of ten networks alone: no masks, clipping, dropout, loss or gathering
+stack     `train` itself: ten LeNet-300-100 (two arms of five trials), with so many of their weights left
+plain     one network at a time, as PyTorch's documentation writes it, masks by torch.nn.utils.prune
+jax       the ten networks by vmap, steps by scan, compiled; if JAX is installed
+products  the matrix products of a dense step alone, ten networks at once: what a dense step cannot go below
 """
 
-import itertools
+import math
+import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,202 +28,202 @@ import lth_pruning as lth  # first: it sets what PyTorch looks up when it is loa
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
-from torchvision import transforms
+from torch import nn
+from torch.nn.utils import prune as torch_prune
 
-ROUNDS = 5
-NETS = 10
-NETWORKS = [(arm, trial) for trial in range(NETS // 2) for arm in ("rewind", "reinit")]
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    jax = None
+
+CPU = torch.device("cpu")
+ROUNDS = 9
+STEPS = 30                              # of each timing
+LEVELS = (0, 7, 12, 15, 16)             # 100, 21.1, 7.0, 3.6 and 2.8 % of the weights
+NETWORKS = [(arm, trial) for trial in range(5) for arm in ("rewind", "reinit")]
 
 
 class Clock:
-    """Stands in for the progress bar: the time between the end of the first step and that of the last."""
+    """Stands in for the progress bar, and measures from the end of the first step to the end of the last one."""
 
-    def __init__(self, device: torch.device, steps: int):
-        self.device = device
-        self.steps = steps
-        self.done = 0
-        self.moments = []
+    def __init__(self) -> None:
+        self.ends = []
 
-    def update(self, _=None) -> None:
-        self.done += 1
-        if self.done in (1, self.steps):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.moments.append(time.perf_counter())
+    def update(self, _networks: int = 1) -> None:
+        """Note that a step has ended."""
+        self.ends.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Per step."""
-        begun, ended = self.moments
-        return (ended - begun) / (self.steps - 1)
+        """Return the seconds per step."""
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
-def train_alone(batches: Iterable, device: torch.device, steps: int, fused: bool) -> float:
-    """Seconds per step of one masked network on batches of images and labels."""
-    network = lth.build_network(lth.MODEL, lth.DROPOUT).to(device)
-    masks = {name: torch.ones_like(layer.weight) for name, layer in lth.weighted_layers(network).items()}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lth.LEARNING_RATE, weight_decay=lth.WEIGHT_DECAY,
-                                  fused=fused)
-    clock = Clock(device, steps)
-    for images, labels in itertools.islice(batches, steps):
-        optimizer.zero_grad()
-        F.cross_entropy(network(images.to(device)), labels.to(device)).backward()
-        for name, layer in lth.weighted_layers(network).items():
-            layer.weight.grad *= masks[name]
-        nn.utils.clip_grad_norm_(network.parameters(), lth.CLIP_NORM or float("inf"))
-        optimizer.step()
-        clock.update()
-    return clock.seconds()
+def tickets() -> dict[int, tuple[dict, dict]]:
+    """Return, by level, weights and masks of ten networks, each with masks of its own."""
+    rates = lth.prune_rates(lth.build_network("mlp", lth.DROPOUT))
+    drawn = [lth.initial_weights(lth.generator(arm, trial)) for arm, trial in NETWORKS]
+    masks = [lth.full_masks(weights) for weights in drawn]
+    found = {}
+    for level in range(LEVELS[-1] + 1):
+        if level > 0:
+            masks = [lth.prune(weights, mask, rates, "layer") for weights, mask in zip(drawn, masks, strict=True)]
+        if level in LEVELS:
+            found[level] = lth.stack(list(map(lth.masked, drawn, masks))), lth.stack(masks)
+    return found
 
 
-def train_stack(data: dict, device: torch.device, steps: int) -> float:
-    """Seconds per step and network of the stack."""
-    weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for _, trial in NETWORKS])
-    lth.EPOCHS = 1
-    lth.steps_per_epoch = lambda: steps
-    lth.evaluation_steps = lambda end: {end}
-    clock = Clock(device, steps)
-    lth.train(weights, lth.full_masks(weights), data, NETWORKS, 1, clock)
-    return clock.seconds() / NETS
-
-
-def jax_scan(images: Tensor, labels: Tensor) -> Callable[[], float] | None:
-    """A function that gives the seconds per step and network of ten MLPs in JAX; None where it is not installed."""
-    try:
-        import jax
-        import jax.numpy as jnp
-        import optax
-    except ImportError:
-        return None
-    steps = 20
-    trials = NETS // 2
-    images = jnp.asarray(images.flatten(1).numpy())
-    labels = jnp.asarray(labels.numpy())
-    weights = lth.stack([lth.initial_weights(lth.generator("init", trial)) for _, trial in NETWORKS])
-    weights = {name: jnp.asarray(tensor.numpy()) for name, tensor in weights.items()}
-    masks = {name: jnp.ones_like(array) for name, array in weights.items() if name.endswith(".weight")}
-    optimizer = optax.chain(optax.clip_by_global_norm(lth.CLIP_NORM or float("inf")),
-                            optax.adamw(lth.LEARNING_RATE, weight_decay=lth.WEIGHT_DECAY))
-
-    def loss(weights, x, y, factors):
-        for name, factor in zip(("fc1", "fc2"), factors, strict=True):
-            x = jax.nn.relu(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]) * factor
-        logits = x @ weights["output.weight"].T + weights["output.bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    def step(state, batch):                                 # batch: (trials, images)
-        weights, masks, moments, key = state
-        key, *keys = jax.random.split(key, 3)
-        factors = [jnp.repeat(jax.random.bits(own, (trials, lth.BATCH_SIZE, units), jnp.uint16)
-                              >= round(2**16 * lth.DROPOUT), 2, axis=0) / (1 - lth.DROPOUT)
-                   for own, units in zip(keys, (300, 100), strict=True)]
-        x = jnp.repeat(images[batch], 2, axis=0)
-        y = jnp.repeat(labels[batch], 2, axis=0)
-        losses, gradients = jax.vmap(jax.value_and_grad(loss))(weights, x, y, factors)
-        gradients = {name: gradient * masks.get(name, 1) for name, gradient in gradients.items()}
-        updates, moments = jax.vmap(optimizer.update)(gradients, moments, weights)
-        return (optax.apply_updates(weights, updates), masks, moments, key), losses
-
-    scan = jax.jit(lambda state, order: jax.lax.scan(step, state, order))
-    state = (weights, masks, jax.vmap(optimizer.init)(weights), jax.random.key(0))
-    order = jnp.asarray(np.random.default_rng(0).integers(0, len(images), (steps, trials, lth.BATCH_SIZE)))
-
+def time_stack(weights: dict, masks: dict, data: dict) -> Callable[[], float]:
+    """Return a function that times the script's own training."""
     def measure() -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready(scan(state, order))
-        return (time.perf_counter() - begun) / steps / NETS
-
-    measure()                                               # compiles
-    return measure
-
-
-def floor(device: torch.device) -> Callable[[], float]:
-    """A function that gives the seconds per step and network of products and AdamW alone: per layer its output, its
-    weights' and its inputs' gradient, which the first layer does not need; convolutions of two arms in one."""
-    calls = []
-    x = torch.randn(2, 1, 28, 28)
-    for layer in lth.build_network(lth.MODEL, 0):
-        shape = x.shape[1:]
-        x = layer(x)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
-        first = not calls
-        if isinstance(layer, nn.Linear):
-            inputs = torch.randn(NETS, layer.in_features, lth.BATCH_SIZE, device=device)
-            outputs = torch.randn(NETS, layer.out_features, lth.BATCH_SIZE, device=device)
-            weight = torch.randn(NETS, layer.out_features, layer.in_features, device=device)
-            calls += [(torch.bmm, weight, inputs), (torch.bmm, outputs, inputs.mT)]
-            calls += [] if first else [(torch.bmm, weight.mT, outputs)]
-        else:
-            groups = 1 if first else 2
-            one, gradient = (torch.randn(lth.BATCH_SIZE, arms * size[0], *size[1:], device=device).to(
-                memory_format=torch.channels_last) for arms, size in ((groups, shape), (2, x.shape[1:])))
-            one = one.as_strided(one.shape, (784, 1, 28, 1)) if first else one
-            weight = torch.cat(2 * [layer.weight.detach().to(device)])
-            calls += NETS // 2 * [
-                (F.conv2d, one, weight, None, 1, layer.padding, 1, groups),
-                (torch.ops.aten.convolution_backward, gradient, one, weight, None, [1, 1], list(layer.padding), [1, 1],
-                 False, [0, 0], groups, [not first, True, False])]
-    rows = lth.as_rows(lth.stack(NETS * [lth.initial_weights(lth.generator("init"))])).to(device)
-    rows.grad = torch.randn_like(rows)
-    calls.append((torch.optim.AdamW([rows], fused=True).step,))
-
-    def measure() -> float:
-        clock = Clock(device, 20)
-        for _ in range(20):
-            for call, *arguments in calls:
-                call(*arguments)
-            clock.update()
-        return clock.seconds() / NETS
+        clock = Clock()
+        lth.train(weights, masks, data, NETWORKS, 1, clock)
+        return clock.seconds() / len(NETWORKS)
 
     return measure
 
 
-def compare(data: dict[str, tuple[Tensor, Tensor]], device: torch.device) -> None:
-    """Measure and print one model with one batch size."""
-    # Training alone is timed: a single image stands in for what is evaluated at the end.
-    few = {name: (images, labels) if name == "train" else (images[:1], labels[:1])
-           for name, (images, labels) in data.items()}
+def time_plain(weights: dict, masks: dict, data: dict) -> Callable[[], float]:
+    """Return a function that times one network by itself; its time does not depend on how many weights are left."""
     images, labels = data["train"]
-    with tempfile.TemporaryDirectory() as root:
-        (Path(root) / "MNIST").symlink_to(lth.beside_script(lth.DATA_DIR) / "MNIST")
-        convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-        source = torchvision.datasets.MNIST(root, train=True, transform=convert)
-    loader = torch.utils.data.DataLoader(source, batch_size=lth.BATCH_SIZE, shuffle=True)
-    in_memory = ((images[pick], labels[pick]) for _ in itertools.count()
-                 for pick in torch.randperm(len(images), device=device).split(lth.BATCH_SIZE))
-    measures = {"loader": lambda: train_alone(loader, device, 30, fused=False),
-                "plain": lambda: train_alone(in_memory, device, 100, fused=True),
-                "jax": jax_scan(images.cpu(), labels.cpu()) if lth.MODEL == "mlp" and device.type == "cpu" else None,
-                "stack": lambda: train_stack(few, device, 30),
-                "floor": floor(device)}
-    measures = {name: measure for name, measure in measures.items() if measure is not None}
-    seconds = {name: [] for name in measures}
-    for _ in range(ROUNDS + 1):                             # the first round warms up
-        for name, measure in measures.items():
-            seconds[name].append(measure())
+    network = lth.as_plain_network(lth.build_network("mlp", lth.DROPOUT), lth.pick(weights, 0))
+    for name, layer in lth.weighted_layers(network).items():
+        torch_prune.custom_from_mask(layer, "weight", masks[f"{name}.weight"][0])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lth.LEARNING_RATE, weight_decay=lth.WEIGHT_DECAY, fused=True)
 
-    print(f"\n{lth.MODEL}, batch {lth.BATCH_SIZE}, {device}\n"
-          "          ms per step and network (lowest to highest)      times that of the stack")
-    for name, values in seconds.items():
-        values = values[1:]
-        ratios = [one / stack for one, stack in zip(values, seconds["stack"][1:], strict=True)]
-        print(f"{name:10}{1000 * statistics.median(values):8.3f} ({1000 * min(values):.3f} to {1000 * max(values):.3f})"
-              f"{statistics.median(ratios):26.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    def measure() -> float:
+        clock = Clock()
+        for batch in torch.randperm(len(images))[:STEPS * lth.BATCH_SIZE].split(lth.BATCH_SIZE):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[batch]), labels[batch]).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), lth.CLIP_NORM)
+            optimizer.step()
+            clock.update()
+        return clock.seconds()
+
+    return measure
 
 
-def main() -> None:
-    given = {"DEVICE": "cpu"} | lth.read_arguments(sys.argv[1:])
-    vars(lth).update(given)
-    lth.check_constants()
-    device = lth.prepare_device()
-    data = lth.load_dataset(device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; median of {ROUNDS} rounds")
-    for lth.MODEL in [given["MODEL"]] if "MODEL" in given else ["mlp", "lenet"]:
-        for lth.BATCH_SIZE in [given["BATCH_SIZE"]] if "BATCH_SIZE" in given else [60, 128]:
-            compare(data, device)
+def time_products() -> Callable[[], float]:
+    """Return a function that times, per layer, the products for its outputs and its weights' gradient, and behind the
+    first layer for its inputs' gradient."""
+    products = []
+    for layer in lth.weighted_layers(lth.build_network("mlp", 0)).values():
+        outputs, inputs = layer.weight.shape
+        weight, x, gradient = (torch.randn(len(NETWORKS), *shape) for shape in (
+            (outputs, inputs), (inputs, lth.BATCH_SIZE), (outputs, lth.BATCH_SIZE)))
+        products += [(weight, x), (gradient, x.mT)]
+        if inputs != 784:
+            products.append((weight.mT, gradient))
+    results = [torch.bmm(*factors) for factors in products]
+
+    def measure() -> float:
+        clock = Clock()
+        for _ in range(STEPS):
+            for factors, result in zip(products, results, strict=True):
+                torch.bmm(*factors, out=result)
+            clock.update()
+        return clock.seconds() / len(NETWORKS)
+
+    return measure
+
+
+def time_jax(weights: dict, masks: dict, data: dict) -> Callable[[], float]:
+    """Return a function that times JAX; its time does not depend on how many weights are left."""
+    images, labels = (jnp.asarray(tensor.numpy()) for tensor in (data["train"][0].flatten(1), data["train"][1]))
+    weights, masks = ({name: jnp.asarray(tensor.numpy()) for name, tensor in part.items()} for part in (weights, masks))
+    keep = 1 - lth.DROPOUT
+
+    def loss(weights: dict, x: jax.Array, y: jax.Array, kept: dict) -> jax.Array:
+        for name in ("fc1", "fc2"):
+            x = jax.nn.relu(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]) * kept[name] / keep
+        log_shares = jax.nn.log_softmax(x @ weights["output.weight"].T + weights["output.bias"])
+        return -jnp.take_along_axis(log_shares, y[:, None], 1).mean()
+
+    def update(count: jax.Array, weights: dict, masks: dict, first: dict, second: dict, *batch) -> tuple:
+        gradients = jax.grad(loss)(weights, *batch)
+        gradients = {name: gradient * masks.get(name, 1) for name, gradient in gradients.items()}
+        norm = jnp.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
+        scale = jnp.minimum(1, lth.CLIP_NORM / (norm + 1e-6))
+        first = {name: 0.9 * first[name] + 0.1 * scale * gradient for name, gradient in gradients.items()}
+        second = {name: 0.999 * second[name] + 0.001 * (scale * gradient) ** 2 for name, gradient in gradients.items()}
+        new = {}
+        for name, weight in weights.items():
+            direction = first[name] / (1 - 0.9**count) / (jnp.sqrt(second[name] / (1 - 0.999**count)) + 1e-8)
+            new[name] = weight - lth.LEARNING_RATE * (direction + lth.WEIGHT_DECAY * weight)
+        return new, first, second
+
+    def step(state: tuple, batch: jax.Array) -> tuple:      # batch: (trials, images)
+        count, key, weights, first, second = state
+        key, *keys = jax.random.split(key, 3)
+        arms = len(NETWORKS) // len(batch)
+        kept = {}
+        for name, own, units in zip(("fc1", "fc2"), keys, (300, 100), strict=True):
+            bits = jax.random.bits(own, (*batch.shape, units), jnp.uint16)
+            kept[name] = jnp.repeat(bits >= round(2**16 * lth.DROPOUT), arms, axis=0)
+        x, y = jnp.repeat(images[batch], arms, axis=0), jnp.repeat(labels[batch], arms, axis=0)
+        all_networks = jax.vmap(update, in_axes=(None, *7 * [0]))
+        return (count + 1, key, *all_networks(count, weights, masks, first, second, x, y, kept)), None
+
+    scan = jax.jit(lambda state, order: jax.lax.scan(step, state, order)[0])
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    state = (jnp.float32(1), jax.random.key(0), weights, zeros, zeros)
+    order = jnp.asarray(np.random.default_rng(0).integers(len(images), size=(STEPS, 5, lth.BATCH_SIZE)))
+    trained = jax.block_until_ready(scan(state, order))[2]  # compiles
+    for name, mask in masks.items():
+        assert jnp.isfinite(trained[name]).all() and not trained[name][mask == 0].any()
+
+    def measure() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(scan(state, order))
+        return (time.perf_counter() - started) / STEPS / len(NETWORKS)
+
+    return measure
+
+
+def ways(data: dict) -> dict[str, Callable[[], float]]:
+    """Return, by name, what to time at the present BATCH_SIZE."""
+    found = {}
+    for level, (weights, masks) in tickets().items():
+        kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+        found[f"stack, {100 * kept:.1f} % of the weights"] = time_stack(weights, masks, data)
+        if level == 15:
+            sparse = weights, masks
+    found["plain"] = time_plain(*sparse, data)
+    if jax is not None:
+        found["jax"] = time_jax(*sparse, data)
+    return found | {"products": time_products()}
+
+
+def main(rounds: int) -> None:
+    """Time everything and print a table."""
+    data = lth.load_dataset(CPU)
+    # Nothing but training is timed: one image stands in for those on which networks are evaluated.
+    data = {name: (images, labels) if name == "train" else (images[:1], labels[:1])
+            for name, (images, labels) in data.items()}
+    lth.EPOCHS = 1
+    lth.steps_per_epoch = lambda: STEPS
+    lth.evaluation_steps = lambda last_step: {last_step}
+    print(f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads on {os.cpu_count()} CPUs, "
+          f"{'no JAX' if jax is None else f'JAX {jax.__version__}'}; medians of {rounds} rounds")
+    for lth.BATCH_SIZE in (60, 128):
+        measures = ways(data)
+        seconds = {name: [] for name in measures}
+        for number in range(rounds + 1):
+            for name, measure in measures.items():
+                found = measure()
+                if number > 0:                              # the first round warms up
+                    seconds[name].append(found)
+        dense = next(iter(seconds.values()))
+        print(f"\n| batches of {lth.BATCH_SIZE} | times the dense step (lowest to highest) | median ms | lowest ms |\n"
+              "|---|---|---|---|")
+        for name, found in seconds.items():
+            ratios = [one / other for one, other in zip(found, dense, strict=True)]
+            print(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+                  f"{1000 * statistics.median(found):.3f} | {1000 * min(found):.3f} |", flush=True)
+            assert math.isfinite(sum(found))
 
 
 if __name__ == "__main__":
-    main()
+    with lth.fixed_numerics(CPU):
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS)

@@ -3,16 +3,15 @@
 import contextlib
 import importlib.util
 import signal
+import subprocess
 import sys
 import tempfile
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import lth_pruning
@@ -21,32 +20,42 @@ SCRIPT = Path(lth_pruning.__file__)
 DEFAULTS = lth_pruning.constants()
 BAR = tqdm(disable=True)
 
-# A shell's background jobs ignore Ctrl-C, and hand that on: the scripts that the tests start are to hear it.
+# A shell's background jobs ignore Ctrl-C, and their children inherit that: the scripts that tests start shall hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Two steps per network: only the files matter. To be had with the fixture `few`, in a second.
+# Two steps per network, for tests of the machinery: with the fixture `few`, a run takes a second.
 QUICK = ("TRIALS=1", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=500", "VALIDATION_SIZE=59000")
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
-    """The command line of a run that writes to a folder, on the CPU: only there are results the same to the bit."""
+    """Return the command line of a run that writes to a folder, on the CPU: only there are results bit-identical."""
     return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
 
 
+def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the real script in a process of its own, as a user does; its result has exit code and output."""
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=300)
+
+
+def run_here(lth, folder: Path, *arguments: str) -> None:
+    """Run the script's main in this process, which saves the seconds that a new one takes for its imports."""
+    lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
+
+
 def read_metrics(folder: Path) -> pd.DataFrame:
-    """metrics.csv; before the first step there is no training loss: nan."""
+    """Read metrics.csv; before the first step there is no training loss: nan."""
     return pd.read_csv(folder / "metrics.csv")
 
 
 def flipped(content: bytes) -> bytes:
-    """The same bytes, but for one bit in the middle."""
+    """Return the same bytes but for one bit in the middle."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
 @pytest.fixture
 def lth(monkeypatch):
-    """The script as a module, and `use` to give constants or functions other values for this test alone."""
+    """The script as a module, with its defaults, and `use` to replace constants or functions for this test alone."""
     lth_pruning.use = lambda **values: [monkeypatch.setattr(lth_pruning, name, value) for name, value in values.items()]
     lth_pruning.use(**DEFAULTS | {"DEVICE": "cpu"})
     return lth_pruning
@@ -60,9 +69,9 @@ def mnist():
 
 @pytest.fixture
 def few(lth, mnist):
-    """For runs in this process of which only the machinery matters: fewer images."""
-    sizes = {"train": 11_000, "validation": 1_000, "test": 1_000}
-    parts = {name: (mnist[name][0][:size], mnist[name][1][:size]) for name, size in sizes.items()}
+    """Fewer images, for runs in this process of which only the machinery matters."""
+    parts = {name: (images[:size], labels[:size]) for (name, (images, labels)), size in
+             zip(mnist.items(), (11_000, 1_000, 1_000), strict=True)}
     lth.use(load_dataset=lambda _: parts)
     return parts
 
@@ -75,33 +84,13 @@ def undrawn(few, lth):
 
 
 def seeded(purpose: str, trial: int = 0, level: int = 0, seed: int = DEFAULTS["SEED"]) -> torch.Generator:
-    """The recipe for the random numbers of a purpose, written a second time."""
+    """Seed the random numbers of a purpose: the script's recipe, written a second time."""
     words = np.random.SeedSequence([seed, trial, level, *purpose.encode()]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 
 
-def own_network(_model: str, dropout: float) -> nn.Sequential:
-    """A user's own network: kernels that are not square, a stride, uneven padding, overlapping pools."""
-    return nn.Sequential(OrderedDict(
-        conv1=nn.Conv2d(1, 5, (5, 3), stride=2, padding=(2, 1)), relu1=nn.ReLU(),
-        pool1=nn.MaxPool2d(3, stride=2, padding=1), conv2=nn.Conv2d(5, 4, (1, 3)), flatten=nn.Flatten(),
-        relu2=nn.ReLU(), fc1=nn.Linear(140, 20), tanh1=nn.Tanh(), drop1=nn.Dropout(dropout), output=nn.Linear(20, 10)))
-
-
-def use_model(lth, model: str) -> None:
-    """Set MODEL; "own" is the network above."""
-    lth.use(MODEL=model)
-    if model == "own":
-        lth.use(build_network=own_network)
-
-
-def run_here(lth, folder: Path, *arguments: str) -> None:
-    """Run the script's main in this process: it saves the seconds that a new one takes for its imports."""
-    lth.main([f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments])
-
-
 def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
-    """A copy of the script, edited, as a module of its own; it draws nothing."""
+    """Load an edited copy of the script as a module of its own; it draws nothing."""
     text = SCRIPT.read_text()
     for old, new in edits:
         assert text.count(old) == 1, old
@@ -117,12 +106,17 @@ def load_copy(folder: Path, data: dict, *edits: tuple[str, str]):
 
 
 def names(folder: Path) -> set[str]:
-    """What is in a folder."""
+    """Return the names of all that is in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files in a folder by name, without those of its sub-folders."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def check_same_results(one: Path, other: Path) -> None:
-    """The same metrics to the byte, and the same tickets."""
+    """Assert the same metrics, byte for byte, and the same tickets."""
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
     tickets, others = (torch.load(folder / "tickets.pt", weights_only=True) for folder in (one, other))
     for kind in ("theta0", "pruned_at"):
@@ -132,7 +126,7 @@ def check_same_results(one: Path, other: Path) -> None:
 
 @contextlib.contextmanager
 def at_each_level(lth, happens):
-    """Within, `happens` is called with the level before each training of a stack."""
+    """Call `happens` with the level before each training of a stack."""
     train = lth.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lth, "train", lambda *given: happens(given[4]) or train(*given))
@@ -140,14 +134,9 @@ def at_each_level(lth, happens):
 
 
 def ends_at(lth, level: int, error: BaseException):
-    """Within, the training of a level ends with an error before it begins."""
+    """Let the training of a level end with an error before it begins."""
     def end(begun: int) -> None:
         if begun == level:
             raise error
 
     return at_each_level(lth, end)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files in a folder, those of its sub-folders not."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

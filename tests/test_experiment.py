@@ -1,55 +1,46 @@
 """The real script in a process, as a user runs it, on the real MNIST."""
 
-import copy
 import itertools
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import BAR, QUICK, command, names, read_metrics, run_here
+from conftest import BAR, QUICK, names, read_metrics, run_here, run_script
 
 NUMBERS = ["weights_remaining", "step", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
 
 
 @pytest.fixture(scope="module")
 def reduced_run(tmp_path_factory):
-    """All of MNIST in some twenty seconds, with 6.5 % of the weights left after three levels: folder and process."""
+    """All of MNIST in half a minute, with 6.5 % of the weights left after three levels: folder and process."""
     folder = tmp_path_factory.mktemp("reduced")
-    words = command(folder, "TRIALS=2", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
-    return folder, subprocess.run(words, capture_output=True, text=True, timeout=240)
+    return folder, run_script(folder, "TRIALS=3", "LEVELS=3", "PRUNE_RATE=0.6", "EPOCHS=1", "EVAL_EVERY=100")
 
 
 def of(rows, arm: str, level: int):
-    """The rows of an arm's networks at a level."""
+    """Return the rows of an arm's networks at a level."""
     return rows[(rows["arm"] == arm) & (rows["level"] == level)]
 
 
-def test_a_run_leaves_its_files_and_nothing_unfinished(lth, reduced_run):
+def test_a_run_prints_a_line_per_level_and_leaves_its_files(reduced_run):
+    """Means of the test accuracies at the lowest validation loss. No warning, though its sparse layers are what PyTorch
+    warns of, no bar without a terminal, and no unfinished file."""
     folder, result = reduced_run
-    assert (result.returncode, result.stderr) == (0, "")    # no bar where there is no terminal
-    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    assert names(folder) == {"checkpoint.pt", "metrics.csv", "summary.md", "tickets.pt", *pictures}
-    assert set(lth.FIGURES) - pictures.keys() <= {"leads_plot.png", "early_stopping_plot.png"}
-    for name, content in pictures.items():
-        assert content.startswith(b"\x89PNG\r\n") and len(content) > 10_000 and name in lth.FIGURES, name
-
-
-def test_a_line_per_level(reduced_run):
-    """Under a title and a head, means of the test accuracies at the lowest validation loss after the first step."""
-    folder, result = reduced_run
+    assert (result.returncode, result.stderr) == (0, "")
+    pictures = {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG\r\n")}
+    assert pictures > {"comparison_plot.png", "accuracy_plot_iterative.png", "accuracy_plot_reinit.png"}
+    assert names(folder) - pictures == {"checkpoint.pt", "metrics.csv", "networks.csv", "run.json", "mask.csv",
+                                        "summary.md", "tickets.pt"}
     rows = read_metrics(folder)
-    later = rows[rows["step"] > 0]
-    stops = rows.loc[later.groupby(["arm", "level", "trial"])["val_loss"].idxmin()]
+    stops = rows.loc[rows[rows["step"] > 0].groupby(["arm", "level", "trial"])["val_loss"].idxmin()]
     title, head, *lines = [line.split() for line in result.stdout.splitlines()[:6]]
     assert " ".join(title) == "Test accuracy at early stop, means:"
-    assert " ".join(head) == "level weights remaining rewind reinit time left"
+    assert " ".join(head[:5]) == "level weights remaining rewind reinit"
     assert [line[:2] for line in lines] == [["0", "100.0"], ["1", "40.1"], ["2", "16.1"], ["3", "6.5"]]
     for (level, line), (place, arm) in itertools.product(enumerate(lines), ((3, "rewind"), (5, "reinit"))):
         mean = of(stops, arm if level else "dense", level)["test_accuracy"].mean()
         assert float(line[place]) == pytest.approx(mean, abs=0.006)
-    assert lines[-1][-2:] == ["0.0", "min"] and result.stdout.endswith(f"\nresults: {folder}\n")
+    assert result.stdout.endswith(f"\nresults: {folder}\n")
 
 
 def test_metrics_have_a_row_per_evaluation(reduced_run):
@@ -58,67 +49,51 @@ def test_metrics_have_a_row_per_evaluation(reduced_run):
     assert list(rows) == ["dataset", "model", "arm", "trial", "level", *NUMBERS]
     steps = [0, 25, 50, 100, 200, 300, 400, 429]
     assert [*rows[["level", "arm", "trial", "step"]].itertuples(index=False, name=None)] == [
-        *itertools.product([0], ["dense"], [0, 1], steps),
-        *itertools.product([1, 2, 3], ["rewind", "reinit"], [0, 1], steps)]
-    # 60 % of the survivors go at each level, 30 % of the output layer's.
+        *itertools.product([0], ["dense"], [0, 1, 2], steps),
+        *itertools.product([1, 2, 3], ["rewind", "reinit"], [0, 1, 2], steps)]
+    # 60 % of the survivors go at each level, 30 % of the output layer's; biases do not count.
     survivors = np.array([235_200, 30_000, 1_000])
     for level in range(4):
-        left = set(rows[rows["level"] == level]["weights_remaining"])
-        assert left == {float(f"{100 * survivors.sum() / 266_200:.6g}")}
+        remaining = set(rows[rows["level"] == level]["weights_remaining"])
+        assert remaining == {float(f"{100 * survivors.sum() / 266_200:.6g}")}
         survivors -= np.round(survivors * [0.6, 0.6, 0.3]).astype(int)
     assert (rows["train_loss"].isna() == (rows["step"] == 0)).all()
     assert of(rows, "dense", 0).query("step == 0")["val_loss"].gt(1.5).all()            # of chance: 2.3
 
 
 def test_accuracies_and_that_the_ticket_wins(reduced_run):
-    """One epoch on MNIST gives some 96 %, and far fewer weights do as well only from their original initial values."""
+    """One epoch on MNIST gives some 96 %, and far fewer weights do as well only from their original initial values.
+    Masked but untrained, the original weights already classify; new ones are at chance."""
     rows = read_metrics(reduced_run[0])
-    last = rows[rows["step"] == 429]
+    last, first = rows[rows["step"] == 429], rows[rows["step"] == 0]
     dense, rewind, reinit = (of(last, *which)["test_accuracy"].to_numpy()
                              for which in (("dense", 0), ("rewind", 3), ("reinit", 3)))
     assert min(dense) > 95 and min(rewind) > 94 and min(rewind - reinit) > 2
     assert max(of(last, "rewind", level)["test_accuracy"].mean() for level in (1, 2)) > dense.mean()
-
-
-def test_tickets_are_theta0_with_nested_masks_that_train_and_can_be_copied(reduced_run, lth, mnist):
-    """To the bit what was drawn at first; a copy takes a step and leaves the ticket and its pruned weights alone."""
-    path = reduced_run[0] / "tickets.pt"
-    rows = read_metrics(reduced_run[0])
-    for trial in range(2):
-        drawn = lth.initial_weights(lth.generator("init", trial))
-        before = {}
-        for level in range(4):
-            ticket = lth.load_ticket(path, trial, level)
-            for name, layer in lth.weighted_layers(ticket).items():
-                assert torch.equal(layer.weight_orig, drawn[f"{name}.weight"]) and not layer.bias.any()
-                assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
-                assert (layer.weight_mask <= before.get(name, torch.ones(1))).all()
-                before[name] = layer.weight_mask
-            left = float(f"{100 * sum(mask.sum().item() for mask in before.values()) / 266_200:.6g}")
-            assert set(rows[rows["level"] == level]["weights_remaining"]) == {left}
-    network = copy.deepcopy(ticket)
-    F.cross_entropy(network(mnist["train"][0][:100]), mnist["train"][1][:100]).backward()
-    torch.optim.SGD(network.parameters(), lr=0.1).step()
-    network(mnist["train"][0][:1])
-    assert not network.fc1.weight[ticket.fc1.weight_mask == 0].any()
-    assert not torch.equal(network.fc1.weight, ticket.fc1.weight) and ticket.fc1.weight_orig.equal(drawn["fc1.weight"])
+    assert of(first, "rewind", 2)["test_accuracy"].min() > of(first, "reinit", 2)["test_accuracy"].max() + 20
 
 
 def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, mnist):
     """Dense networks from theta0, rewound ones from theta0 and masks alone, re-initialised ones from seeds: to the last
-    digit, so nothing else went in. And the next level's masks come from the dense or rewound ones."""
+    digit, so nothing else went in, and three trials give what one gives. The next level's masks come from the dense or
+    rewound ones. A ticket is theta0, to the bit what was drawn at first, under its masks."""
     rows = read_metrics(reduced_run[0])
-    lth.use(TRIALS=2, EVAL_EVERY=100, EPOCHS=1)
-    tickets = torch.load(reduced_run[0] / "tickets.pt", weights_only=True)
+    lth.use(TRIALS=1, EVAL_EVERY=100, EPOCHS=1)
+    path = reduced_run[0] / "tickets.pt"
     for arm, trial, level in (("dense", 0, 0), ("rewind", 1, 2), ("reinit", 1, 2)):
-        pruned_at = lth.pick(tickets["pruned_at"], trial)
-        masks, following = lth.masks_at(pruned_at, level), lth.masks_at(pruned_at, level + 1)
-        theta0 = lth.pick(tickets["theta0"], trial)
+        theta0 = lth.initial_weights(lth.generator("init", trial))
+        tickets = [lth.weighted_layers(lth.load_ticket(path, trial, at)) for at in (level, level + 1)]
+        masks, following = ({f"{name}.weight": layer.weight_mask for name, layer in layers.items()}
+                            for layers in tickets)
+        for name, layer in tickets[0].items():
+            assert torch.equal(layer.weight_orig, theta0[f"{name}.weight"]) and not layer.bias.any()
+            assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
         if arm == "reinit":
             theta0 = lth.initial_weights(lth.generator("arm reinit", trial, level))
         start = lth.stack([lth.masked(theta0, masks)])
-        _, trained, evaluations = lth.train(start, lth.stack([masks]), mnist, [(arm, trial)], level, BAR)
-        again = [[step, *(float(f"{measure[0]:.6g}") for measure in measures)] for step, *measures in evaluations]
+        with lth.fixed_numerics(torch.device("cpu")):
+            _, trained, evaluations = lth.train(start, lth.stack([masks]), mnist, [(arm, trial)], level, BAR)
+        again = [[step, *(float(f"{metric[0]:.6g}") for metric in metrics)] for step, *metrics in evaluations]
         found = of(rows, arm, level)
         np.testing.assert_array_equal(found[found["trial"] == trial][NUMBERS[1:]].to_numpy(), again)
         rates = {"fc1.weight": 0.6, "fc2.weight": 0.6, "output.weight": 0.3}
@@ -133,11 +108,8 @@ def test_a_ticket_brought_back_to_where_it_was_found_is_the_ticket(lth, undrawn,
     run_here(lth, tmp_path / "second", *options, f"ARMS={','.join(lth.ARM_TABLE)}",
              f"TICKETS_FROM={tmp_path / 'first' / 'tickets.pt'}")
     rows = read_metrics(tmp_path / "second")
-    begun = rows[rows["level"] == 2].groupby("arm")["step"].min()
-    assert set(begun.index[begun == 0]) == {"reinit", "signs", "magnitude", "small"} and set(begun) == {0, 4}
+    starts = rows[rows["level"] == 2].groupby("arm")["step"].min()
+    from_0 = {"reinit", "keep_signs", "magnitude_at_init", "small_dense"}
+    assert set(starts.index[starts == 0]) == from_0 and set(starts) == {0, 4}
     expected = of(read_metrics(tmp_path / "first"), "rewind", 2)[NUMBERS].to_numpy()
     np.testing.assert_array_equal(of(rows, "transfer", 2)[NUMBERS].to_numpy(), expected)
-    assert "Transferred tickets: DATASET = 'MNIST'" in (tmp_path / "second" / "summary.md").read_text()
-    for argument in ("LEVELS=0", "MODEL=lenet"):            # dense networks alone and convolutions have results, too
-        run_here(lth, tmp_path / argument, *QUICK, argument)
-        assert {"summary.md", "tickets.pt"} <= names(tmp_path / argument)

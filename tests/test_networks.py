@@ -1,26 +1,39 @@
-"""The networks: their initial weights, and those that a stack cannot train. (What a stack trains: test_training.py.)"""
+"""The networks: their sizes and initial weights, a user's own, and those that a stack cannot train."""
 
 from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import QUICK, load_copy, read_metrics, run_here
 from torch import nn
 
+CPU = torch.device("cpu")
 
-@pytest.mark.parametrize("model", ["mlp", "lenet"])
-def test_glorots_initial_weights_have_their_variance(lth, model):
-    """2 by the sum of a unit's inputs and outputs, but for four standard errors. (He's: see the arm reinit.)"""
-    lth.use(MODEL=model, INIT="xavier_normal")
-    weights = lth.initial_weights(torch.Generator().manual_seed(1))
-    for name, layer in lth.weighted_layers(lth.build_network(model, 0)).items():
-        variance = 2 / (layer.weight[0].numel() + layer.weight[:, 0].numel())
-        measured = weights[f"{name}.weight"].square().mean().item()
-        assert measured == pytest.approx(variance, rel=4 * (2 / layer.weight.numel()) ** 0.5), name
-        assert not weights[f"{name}.bias"].any()
+
+@pytest.mark.parametrize(("model", "weights", "biases"), [
+    ("mlp", 784 * 300 + 300 * 100 + 100 * 10, 410), ("lenet", 150 + 2_400 + 400 * 120 + 120 * 84 + 84 * 10, 236)])
+@pytest.mark.parametrize("init", ["kaiming_normal", "xavier_normal"])
+def test_networks_have_the_literatures_sizes_and_initial_weights(lth, model, weights, biases, init):
+    """266,200 weights are the paper's 266K. He's variance is by a unit's inputs, Glorot's by the mean of inputs and
+    outputs, but for four standard errors."""
+    lth.use(MODEL=model, INIT=init)
+    network = lth.build_network(model, 0.2)
+    drawn = lth.initial_weights(torch.Generator().manual_seed(1))
+    assert lth.count_weights(network) == sum(mask.numel() for mask in lth.full_masks(drawn).values()) == weights
+    assert sum(tensor.numel() for tensor in drawn.values()) == weights + biases
+    assert {name: tensor.shape for name, tensor in drawn.items()} == {
+        name: tensor.shape for name, tensor in network.state_dict().items()}
+    for name, weight in drawn.items():
+        if weight.dim() == 1:
+            assert not weight.any()
+            continue
+        inputs, outputs = weight[0].numel(), weight[:, 0].numel()
+        variance = 2 / inputs if init == "kaiming_normal" else 2 / (inputs + outputs)
+        assert weight.square().mean().item() == pytest.approx(variance, rel=4 * (2 / weight.numel()) ** 0.5), name
 
 
 def network_of(*layers: nn.Module, last: str = "output") -> nn.Sequential:
-    """These layers, and behind whatever they give a linear one with this name."""
+    """Build a network of these layers and, behind whatever they give, a linear one with this name."""
     units = nn.Sequential(*layers)(torch.zeros(2, 1, 28, 28)).flatten(1).shape[1]
     named = OrderedDict((f"layer{number}", layer) for number, layer in enumerate(layers))
     named[last] = nn.Linear(units, 10)
@@ -41,17 +54,24 @@ REFUSED = {
 def test_a_network_that_a_stack_cannot_train_is_refused(lth, kind):
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: [^\n]*$"):
-        lth.check_network(torch.device("cpu"))
+        lth.check_network(CPU)
 
 
-@pytest.mark.parametrize("layers", [(nn.AvgPool2d(2), nn.Tanh()), (nn.MaxPool2d(2), nn.Conv2d(1, 4, 5))])
-def test_layers_before_flatten_compute_what_they_do_alone(lth, layers):
-    """Of two networks, on images of two trials that are not contiguous; without a convolution, too."""
-    network = network_of(*layers, nn.Flatten())
-    lth.use(build_network=lambda *_: network)
-    weights = [lth.initial_weights(torch.Generator().manual_seed(seed)) for seed in range(4)]
-    images = torch.rand(28, 28, 1, 3, 2).permute(4, 3, 2, 0, 1)
-    found = lth.forward(network, lth.stack(weights), images)
-    for n in range(4):
-        expected = lth.as_plain_network(network, weights[n])(images[n // 2])
-        torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-5)
+def test_a_network_of_ones_own_is_trained_and_pruned(few, tmp_path):
+    """Defined in a copy of the script, under another name, without convolutions before nn.Flatten."""
+    copy = load_copy(tmp_path, few, ('        elif model == "lenet":', """\
+        elif model == "deep":
+            network = nn.Sequential(OrderedDict(
+                pool1=nn.AvgPool2d(2), flatten=nn.Flatten(), fc1=nn.Linear(196, 60), tanh1=nn.Tanh(),
+                fc2=nn.Linear(60, 20), relu2=nn.ReLU(), drop2=nn.Dropout(dropout), output=nn.Linear(20, 10)))
+            network.name = "a deep one"
+        elif model == "lenet":"""))
+    run_here(copy, tmp_path / "deep", *QUICK, "MODEL=deep", "BATCH_SIZE=20", "ARMS=rewind,small_dense")
+    rows = read_metrics(tmp_path / "deep")
+    survivors = [196 * 60, 60 * 20, 200]
+    for level in range(3):
+        tickets = rows[(rows["level"] == level) & (rows["arm"] != "small_dense")]
+        assert set(tickets["weights_remaining"]) == {float(f"{100 * sum(survivors) / 13_160:.6g}")}
+        survivors = [count - round(rate * count) for count, rate in zip(survivors, (0.6, 0.6, 0.3), strict=True)]
+    dense = rows[rows["arm"] == "dense"]["test_accuracy"]
+    assert dense.iloc[-1] > dense.iloc[0] + 20

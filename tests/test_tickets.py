@@ -1,55 +1,60 @@
 """Pruning, arms and the level loop, against torch.nn.utils.prune and numpy; nothing is trained here."""
 
-import itertools
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BAR, seeded, use_model
+from conftest import BAR, seeded
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import lth_pruning
 
-OWN = ("order", "dropout")              # a user's arms, called as purposes of the script's own are
-ON_ITS_MASK = ("rewind", "reinit", "permute", "signs", "finetune", *OWN)        # the ticket's
-ARMS = (*ON_ITS_MASK, "shuffle", "oneshot", "magnitude", "small", "transfer")
-# Of each model the units of its hidden layers, and how many weights it has with so many or fewer.
+ON_ITS_MASK = ("rewind", "reinit", "shuffle_weights", "keep_signs", "finetune")             # the ticket's
+ARMS = (*ON_ITS_MASK, "shuffle_mask", "oneshot", "magnitude_at_init", "small_dense", "transfer")
+# The units of each model's hidden layers, and how many weights it has with so many or fewer
 HIDDEN = {"LeNet-300-100": ((300, 100), lambda a, b: 784 * a + a * b + 10 * b),
           "LeNet-5": ((6, 16, 120, 84), lambda a, b, c, d: 25 * a + 25 * a * b + 25 * b * c + c * d + 10 * d)}
-EACH = list(itertools.product(range(2), range(1, 4)))       # trials and levels
+EACH = list(product(range(2), range(1, 4)))       # trials and levels
 
 
 def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """By numpy: the mask without its `count` survivors of smallest magnitude, the first of equal ones."""
-    left = mask.flatten().numpy().copy()
-    survivors = np.flatnonzero(left)
+    """Return, by numpy, the mask without its `count` survivors of smallest magnitude, the first of equal ones."""
+    remaining = mask.flatten().numpy().copy()
+    survivors = np.flatnonzero(remaining)
     order = np.argsort(np.abs(values.flatten().numpy()[survivors]), kind="stable")
-    left[survivors[order[:count]]] = 0
-    return torch.from_numpy(left).view(mask.shape)
+    remaining[survivors[order[:count]]] = 0
+    return torch.from_numpy(remaining).view(mask.shape)
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet", "own"])
-def test_pruning_removes_what_l1_unstructured_removes(lth, model):
-    """Layer by layer, over four levels; half the rate in convolutions and the output layer, and of biases none. A
-    global scope has one rate."""
-    use_model(lth, model)
-    lth.use(PRUNE_RATE=0.3)
-    plain = lth.build_network(model, 0)
-    masks = lth.full_masks(plain.state_dict())
-    assert list(masks) == [name for name in plain.state_dict() if "weight" in name]
+@pytest.mark.parametrize(("model", "scope"), [("mlp", "layer"), ("lenet", "layer"), ("mlp", "global")])
+def test_pruning_removes_what_pytorch_removes(lth, model, scope):
+    """Over four levels, with new weights at each: what was pruned stays so. Layer by layer, half the rate in
+    convolutions and the output layer; a global scope has one rate, and must leave every layer some weight."""
+    lth.use(MODEL=model, PRUNE_RATE=0.3, PRUNE_SCOPE=scope)
+    plain = lth.build_network(model, 0).to_empty(device="cpu")
+    rates = lth.prune_rates(plain)
+    layers = {f"{name}.weight": layer for name, layer in plain.named_children() if hasattr(layer, "weight")}
+    masks = {name: torch.ones(layer.weight.shape) for name, layer in layers.items()}
     for level in range(4):
-        weights = {name: torch.randn(mask.shape, generator=seeded(name, 0, level)) for name, mask in masks.items()}
-        masks = lth.prune(weights, masks, lth.prune_rates(lth.build_network(model, 0)), "layer")
-        for name, mask in masks.items():
-            layer = plain.get_submodule(name.removesuffix(".weight"))
-            rate = 0.15 if name == "output.weight" or isinstance(layer, nn.Conv2d) else 0.3
-            torch_prune.l1_unstructured(layer, "weight", amount=rate, importance_scores=weights[name])
-            assert torch.equal(mask, layer.weight_mask), (level, name)
-    lth.use(PRUNE_SCOPE="global")
-    assert set(lth.prune_rates(lth.build_network(model, 0)).values()) == {0.3}
+        weights = {name: scale * torch.randn(mask.shape, generator=seeded(name, 0, level))
+                   for scale, (name, mask) in enumerate(masks.items(), start=1)}
+        masks = lth.prune(weights, masks, rates, scope)
+        if scope == "global":
+            scores = {(layer, "weight"): weights[name] for name, layer in layers.items()}
+            torch_prune.global_unstructured([*scores], torch_prune.L1Unstructured, scores, amount=0.3)
+        for name, layer in layers.items():
+            if scope == "layer":
+                rate = 0.15 if name == "output.weight" or isinstance(layer, nn.Conv2d) else 0.3
+                torch_prune.l1_unstructured(layer, "weight", amount=rate, importance_scores=weights[name])
+            assert torch.equal(masks[name], layer.weight_mask), (level, name)
+    weights["output.weight"] /= 1e9
+    if scope == "global":
+        with pytest.raises(lth.UserError, match=r"leave no weight of output\.weight: lower LEVELS [^\n]*$"):
+            lth.prune(weights, masks, rates, scope)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -62,48 +67,41 @@ def test_counts_are_exact_and_ties_go_by_index(lth, scope):
         before = masks
         masks = lth.prune(weights, masks, dict.fromkeys(weights, 0.2), scope)
         for group in [[name] for name in weights] if scope == "layer" else [list(weights)]:
-            values, mask, left = (torch.cat([tensors[name].flatten() for name in group])
-                                  for tensors in (weights, before, masks))
-            assert torch.equal(left, without_smallest(values, mask, round(0.2 * mask.sum().item())))
+            values, mask, after = (torch.cat([tensors[name].flatten() for name in group])
+                                   for tensors in (weights, before, masks))
+            assert torch.equal(after, without_smallest(values, mask, round(0.2 * mask.sum().item())))
         assert all(masks[name].shape == shape for name, shape in shapes.items())
 
 
 @pytest.fixture(scope="module", params=[("mlp", 0), ("lenet", 3)])
 def run(request):
-    """Two trials and three levels of all arms: what each was given, what its network started from, and what came out of
-    a training that adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
+    """Two trials and three levels of all arms: what each network started from, and what came out of a training that
+    adds REWIND_STEP to weights until this step, and afterwards noise to survivors."""
     model, rewind_step = request.param
-    run = SimpleNamespace(given=[], start={}, trained={}, elsewhere={}, state=lth_pruning.State(), saved=[])
+    run = SimpleNamespace(start={}, trained={}, source={}, state=lth_pruning.State(), saved=[])
 
     def train(weights, masks, _data, networks, level, _bar):
         early = {name: tensor + rewind_step for name, tensor in weights.items()}
         trained = {name: (tensor + 0.1 * torch.randn(tensor.shape, generator=seeded(name, len(networks), level)))
                    * masks.get(name, 1) for name, tensor in weights.items()}
         for n, (arm, trial) in enumerate(networks):
+            assert (arm, trial, level) not in run.start
             run.start[arm, trial, level] = lth_pruning.pick(weights, n), lth_pruning.pick(masks, n)
-            run.trained[arm, trial, level] = lth_pruning.copied(lth_pruning.pick(trained, n))
-        number = torch.tensor([float(seeded(arm, trial).initial_seed() % 1000) for arm, trial in networks])
-        return early, trained, [(3, number * torch.nan, *[number] * 3), (9, number, number + 1, number + 2, number + 3)]
+            run.trained[arm, trial, level] = lth_pruning.to_cpu(lth_pruning.pick(trained, n))
+        return early, trained, [(9, *[torch.ones(len(networks))] * 4)]
 
-    def own_arm(given):
-        moved = {name: value + torch.rand(value.shape, generator=given.random) for name, value in given.theta0.items()}
-        return lth_pruning.masked(moved, given.masks), given.masks
-
-    table = lth_pruning.ARM_TABLE | {name: lth_pruning.Arm(own_arm, name, "red", "o") for name in OWN}
-    assert set(table) == set(ARMS)
-    table = {name: arm._replace(start=lambda given, start=arm.start: run.given.append(given) or start(given))
-             for name, arm in table.items()}
+    assert set(lth_pruning.ARM_TABLE) == set(ARMS)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MODEL": model, "TRIALS": 2, "LEVELS": 3, "PRUNE_RATE": 0.7, "ARMS": ARMS,
-                            "REWIND_STEP": rewind_step, "ARM_TABLE": table, "train": train,
-                            "report_level": lambda *_: None, "progress_bar": lambda _: BAR}.items():
+                            "REWIND_STEP": rewind_step, "train": train, "report_level": lambda *_: None,
+                            "progress_bar": lambda _: BAR}.items():
             patch.setattr(lth_pruning, name, value)
         run.plain = lth_pruning.build_network(model, 0)
         for trial in range(2):
-            weights = fresh(run, "elsewhere", trial)
-            run.elsewhere[trial] = weights, {name: torch.randint(0, 5, tensor.shape, generator=seeded(name, trial))
-                                             for name, tensor in weights.items() if "weight" in name}
-        lth_pruning.run_experiment(run.state, {"train": (torch.zeros(1),)}, run.elsewhere,
+            weights = fresh(run, "source", trial)
+            run.source[trial] = weights, {name: torch.randint(0, 5, tensor.shape, generator=seeded(name, trial))
+                                          for name, tensor in weights.items() if "weight" in name}
+        lth_pruning.run_experiment(run.state, {"train": (torch.zeros(1),)}, run.source,
                                    lambda state: run.saved.append(state.level))
     run.theta0 = [fresh(run, "init", trial) for trial in range(2)]
     run.late = [{name: tensor + rewind_step for name, tensor in theta0.items()} for theta0 in run.theta0]
@@ -111,23 +109,25 @@ def run(request):
 
 
 def fresh(run, purpose: str, trial: int, level: int = 0) -> dict:
-    """He's initial weights with a purpose's random numbers, drawn a second time; biases zero."""
-    random = seeded(purpose, trial, level)
+    """Draw He's initial weights with a purpose's random numbers, a second time; biases are zero."""
+    rng = seeded(purpose, trial, level)
     return {name: torch.zeros(tensor.shape) if "bias" in name
-            else torch.empty(tensor.shape).normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=random)
+            else torch.empty(tensor.shape).normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=rng)
             for name, tensor in run.plain.named_parameters()}
 
 
 def check_start(run, arm: str, trial: int, level: int, weights: dict, masks: dict) -> None:
-    """An arm's network started from these weights, zero where these masks are."""
+    """Assert that an arm's network started from these weights, zero where these masks are."""
     expected = {name: tensor * masks.get(name, 1) for name, tensor in weights.items()}
     torch.testing.assert_close(run.start[arm, trial, level], (expected, masks), rtol=1e-6, atol=0)
 
 
 def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_level_before(run):
-    """Of the dense ones at first, and of no other arm. After each level the state is saved."""
+    """Of the dense ones at first, and of no other arm. After each level the state is saved; no arm has changed it."""
     assert run.saved == [0, 1, 2, 3]
     for trial in range(2):
+        torch.testing.assert_close(run.state.theta_k[trial], run.late[trial])
+        torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
         masks = dict(run.start["dense", trial, 0][1])
         assert all(mask.all() for mask in masks.values())
         for level in range(1, 4):
@@ -141,7 +141,7 @@ def test_each_level_prunes_the_smallest_weights_of_the_rewind_networks_of_the_le
 
 
 def test_arms_start_from_what_they_say(run):
-    """theta0 are the first weights, for late arms those of REWIND_STEP."""
+    """theta0 is the first weights, for late arms those of REWIND_STEP."""
     for trial, level in EACH:
         theta0, late = run.theta0[trial], run.late[trial]
         masks = run.start["rewind", trial, level][1]
@@ -149,53 +149,50 @@ def test_arms_start_from_what_they_say(run):
         check_start(run, "dense", trial, 0, theta0, ones)
         check_start(run, "rewind", trial, level, late, masks)
         check_start(run, "reinit", trial, level, fresh(run, "arm reinit", trial, level), masks)
-        drawn = fresh(run, "arm signs", trial, level)
+        drawn = fresh(run, "arm keep_signs", trial, level)
         signed = {name: abs(drawn[name]) * tensor.sign() for name, tensor in theta0.items()}
-        check_start(run, "signs", trial, level, signed, masks)
+        check_start(run, "keep_signs", trial, level, signed, masks)
         trained = run.trained["dense" if level == 1 else "rewind", trial, level - 1]
         check_start(run, "finetune", trial, level, trained, masks)
-        for arm, start, judged in (("oneshot", late, run.trained["dense", trial, 0]), ("magnitude", theta0, theta0)):
+        for arm, start, judged in (("oneshot", late, run.trained["dense", trial, 0]),
+                                   ("magnitude_at_init", theta0, theta0)):
             largest = {name: without_smallest(judged[name], ones[name], int(ones[name].sum() - mask.sum()))
                        for name, mask in masks.items()}
             check_start(run, arm, trial, level, start, largest)
-        weights, levels = run.elsewhere[trial]
+        weights, levels = run.source[trial]
         found = {name: ((pruned == 0) | (pruned > level)).float() for name, pruned in levels.items()}
         check_start(run, "transfer", trial, level, weights, found)
-        for own in OWN:
-            random = seeded(f"arm {own}", trial, level)                         # in the order of the parameters
-            moved = {name: tensor + torch.rand(tensor.shape, generator=random) for name, tensor in late.items()}
-            check_start(run, own, trial, level, moved, masks)
 
 
-def test_permute_moves_values_among_survivors_and_shuffle_moves_the_survivors(run):
-    """Layer by layer, otherwise in every trial and level; biases stay."""
+def test_values_are_shuffled_among_survivors_and_masks_are_shuffled_whole(run):
+    """Layer by layer, differently in every trial and level; biases stay."""
     drawn = set()
     for trial, level in EACH:
         late = run.late[trial]
-        permuted, masks = run.start["permute", trial, level]
-        others = run.start["shuffle", trial, level][1]
-        check_start(run, "shuffle", trial, level, late, others)
-        assert all(torch.equal(permuted[name], tensor) for name, tensor in late.items() if "bias" in name)
+        shuffled, masks = run.start["shuffle_weights", trial, level]
+        others = run.start["shuffle_mask", trial, level][1]
+        check_start(run, "shuffle_mask", trial, level, late, others)
+        assert all(torch.equal(shuffled[name], tensor) for name, tensor in late.items() if "bias" in name)
         for name, mask in masks.items():
             kept = mask == 1
-            assert torch.equal(permuted[name] != 0, kept)
-            torch.testing.assert_close(permuted[name][kept].sort().values, late[name][kept].sort().values)
-            assert (permuted[name][kept] != late[name][kept]).double().mean() > 0.9
+            assert torch.equal(shuffled[name] != 0, kept)
+            torch.testing.assert_close(shuffled[name][kept].sort().values, late[name][kept].sort().values)
+            assert (shuffled[name][kept] != late[name][kept]).double().mean() > 0.9
             assert others[name].sum() == mask.sum()
             density = mask.mean().item()                                        # survivors in common by chance:
-            deviation = density * (1 - density) * mask.numel() ** 0.5
-            assert abs((others[name] * mask).sum() - density ** 2 * mask.numel()) < 4.5 * deviation, name
-            came_from = late[name][kept].argsort()[permuted[name][kept].argsort().argsort()]
+            std = density * (1 - density) * mask.numel() ** 0.5
+            assert abs((others[name] * mask).sum() - density ** 2 * mask.numel()) < 4.5 * std, name
+            came_from = late[name][kept].argsort()[shuffled[name][kept].argsort().argsort()]
             drawn |= {(name, *came_from[:20].tolist()), (name, *others[name].flatten()[:150].tolist())}
     assert len(drawn) == 2 * len(masks) * len(EACH)
 
 
-def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
+def test_small_dense_is_a_narrower_network_with_about_as_many_weights(run):
     """No other scale of its hidden layers comes nearer: of at least 10 units, or a feature map. INIT draws it."""
     units, count = HIDDEN[run.plain.name]
-    for level in range(1, 4):
-        weights, blocks = run.start["small", 0, level]
-        survivors = sum(int(mask.sum()) for mask in run.start["rewind", 0, level][1].values())
+    for trial, level in EACH:
+        weights, blocks = run.start["small_dense", trial, level]
+        survivors = sum(int(mask.sum()) for mask in run.start["rewind", trial, level][1].values())
         distances = [abs(count(*(max(10 if full > 16 else 1, round(full * k / 1000)) for full in units)) - survivors)
                      for k in range(1001)]
         assert abs(sum(int(block.sum()) for block in blocks.values()) - survivors) == min(distances)
@@ -204,38 +201,9 @@ def test_small_is_a_narrower_dense_network_with_about_as_many_weights(run):
             if not hasattr(layer, "weight"):
                 x = layer(x)
                 continue
-            block = blocks[f"{name}.weight"]
-            values = weights[f"{name}.weight"][:int(block.flatten(1).any(1).sum()), :x.shape[1]]
-            assert torch.equal(weights[f"{name}.weight"] != 0, block == 1)
-            assert block.sum() == values.numel() == values.count_nonzero()      # the first units, and all of these
+            weight, block = weights[f"{name}.weight"], blocks[f"{name}.weight"]
+            values = weight[:int(block.flatten(1).any(1).sum()), :x.shape[1]]           # of the first units, all
+            assert torch.equal(weight != 0, block == 1) and block.sum() == values.numel() == values.count_nonzero()
             variance = pytest.approx(2 / values[0].numel(), rel=4.5 * (2 / values.numel()) ** 0.5)
             assert values.square().mean().item() == variance, name
             x = F.linear(x, values) if x.dim() == 2 else F.conv2d(x, values, padding=layer.padding)
-
-
-def test_arms_get_one_networks_tensors_as_pytorch_shapes_them_and_change_nothing(run):
-    shapes = {name: parameter.shape for name, parameter in run.plain.named_parameters()}
-    prunable = {name: shape for name, shape in shapes.items() if "weight" in name}
-    assert len(run.given) == len(ARMS) * len(EACH)
-    for given in run.given:
-        found = [given.theta0, given.dense, given.trained, given.elsewhere[0], given.masks, given.elsewhere[1]]
-        assert [{name: tensor.shape for name, tensor in tensors.items()}
-                for tensors in found] == 4 * [shapes] + 2 * [prunable]
-    for trial in range(2):
-        torch.testing.assert_close(run.state.theta_k[trial], run.late[trial])
-        torch.testing.assert_close(run.state.dense[trial], run.trained["dense", trial, 0], rtol=0, atol=0)
-        torch.testing.assert_close(run.state.trained[trial], run.trained["rewind", trial, 3], rtol=0, atol=0)
-
-
-def test_every_evaluation_becomes_a_row_of_its_network(run):
-    """By level, arm, trial and step, with the percent of the prunable weights that remain: biases do not count."""
-    keys = [("dense", trial, 0, step) for trial in range(2) for step in (3, 9)]
-    keys += [(arm, trial, level, step) for level in (1, 2, 3) for arm in ARMS for trial in (0, 1) for step in (3, 9)]
-    assert [(row["arm"], row["trial"], row["level"], row["step"]) for row in run.state.records] == keys
-    for row, (arm, trial, level, step) in zip(run.state.records, keys, strict=True):
-        masks = run.start[arm, trial, level][1].values()
-        percent = 100 * sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
-        number = seeded(arm, trial).initial_seed() % 1000
-        expected = [np.nan, *[number] * 3] if step == 3 else [number, number + 1, number + 2, number + 3]
-        found = [row[name] for name in ("weights_remaining", "train_loss", "val_loss", "val_accuracy", "test_accuracy")]
-        assert found == pytest.approx([percent, *expected], rel=1e-5, nan_ok=True)

@@ -1,29 +1,39 @@
 """Training: a stack against plain PyTorch, one network at a time, and what a network's numbers may depend on."""
 
-import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BAR, seeded, use_model
+from conftest import BAR, seeded
 from torch import nn
 
+CPU = torch.device("cpu")
 BATCH = 32
 STEPS = 30
 
 
+def own_network(_model: str, dropout: float) -> nn.Sequential:
+    """A user's own network: kernels that are not square, a stride, uneven padding, overlapping pools."""
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(1, 5, (5, 3), stride=2, padding=(2, 1)), relu1=nn.ReLU(),
+        pool1=nn.MaxPool2d(3, stride=2, padding=1), conv2=nn.Conv2d(5, 4, (1, 3)), flatten=nn.Flatten(),
+        relu2=nn.ReLU(), fc1=nn.Linear(140, 20), tanh1=nn.Tanh(), drop1=nn.Dropout(dropout), output=nn.Linear(20, 10)))
+
+
 def plain_logits(network: nn.Sequential, images: torch.Tensor, factors: list) -> torch.Tensor:
-    """What the layers give one after the other; dropout multiplies by the next of the factors, if there are any."""
+    """Apply the layers one after the other; dropout multiplies by the next of the factors, if there are any."""
     factors = iter(factors)
     for layer in network:
         images = images * next(factors, 1) if isinstance(layer, nn.Dropout) else layer(images)
     return images
 
 
-def drawn(network: nn.Sequential, images: int, trial: int, level: int):
-    """Image numbers and dropout's factors (batch, units), step by step: whole batches of an epoch's permutation, then
-    of another one's; 64 random bits decide about four units, the smallest 30 % of 16-bit numbers drop theirs."""
+def drawn(network: nn.Sequential, images: int, trial: int, level: int, dropped: float) -> Iterator[tuple]:
+    """Yield image numbers and dropout's factors (batch, units): whole batches of an epoch's permutation, then of
+    another one's; 64 random bits decide about four units, the smallest share of 16-bit numbers drop theirs."""
     order = seeded("order", trial, level, seed=3)
     dropout = seeded("dropout", trial, level, seed=3)
     layers = list(network)
@@ -32,164 +42,146 @@ def drawn(network: nn.Sequential, images: int, trial: int, level: int):
         for batch in torch.randperm(images, generator=order)[:images // BATCH * BATCH].split(BATCH):
             words = torch.empty(-(-sum(sizes) // 4), dtype=torch.int64).random_(-2**63, None, generator=dropout)
             ranks = words.numpy().view(np.int16)[:sum(sizes)].astype(int) + 2**15               # 0 to 65535
-            factors = torch.from_numpy(np.where(ranks < round(0.3 * 2**16), 0, np.float32(1 / 0.7)))
+            factors = torch.from_numpy(np.where(ranks < round(dropped * 2**16), 0, np.float32(1 / (1 - dropped))))
             yield batch, [part.view(-1, BATCH).T for part in factors.split(sizes)]
 
 
-def plain_training(network: nn.Sequential, masks: dict, data: dict, trial: int, level: int, begin: int):
-    """Train a plain network for the steps after `begin`; yields, from there on, each step, its loss and its norm."""
+def plain_training(lth, network: nn.Sequential, masks: dict, data: dict, trial: int, level: int,
+                   start: int) -> Iterator[tuple[int, float, float]]:
+    """Train a plain network for the steps after `start`; yield, from there on, each step, its loss and its norm."""
     images, labels = data["train"]
-    yield begin, float("nan"), 1.0
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.3)
-    for step, (batch, kept) in zip(range(1, STEPS + 1), drawn(network, len(images), trial, level), strict=False):
-        if step <= begin:
+    yield start, float("nan"), 1.0
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=lth.WEIGHT_DECAY)
+    draws = drawn(network, len(images), trial, level, lth.DROPOUT)
+    for step, (batch, kept) in zip(range(1, STEPS + 1), draws, strict=False):
+        if step <= start:
             continue
+        if lth.SCHEDULE == "linear":                        # evenly; the last step still has some learning rate
+            optimizer.param_groups[0]["lr"] = np.linspace(2e-3, 0, STEPS + 1)[step - 1]
         optimizer.zero_grad()
         loss = F.cross_entropy(plain_logits(network, images[batch], kept), labels[batch])
         loss.backward()
         for name, mask in masks.items():
             network.get_parameter(name).grad *= mask
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), lth.CLIP_NORM or float("inf"))
         optimizer.step()
         yield step, loss.item(), norm.item()
 
 
-def starting_networks(lth) -> tuple[dict, dict]:
-    """Four networks in double precision, with weights of different scales; two are pruned by half."""
+def starting_networks(lth, nets: int = 4, sparse: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """Return networks in double precision, with weights of different scales, and their masks: half of the networks
+    are dense and the others pruned by half, but all keep 10 % of each sparse layer, each its own."""
     weights = lth.stack([{name: scale * tensor.double() for name, tensor in lth.initial_weights(seeded("", n)).items()}
-                         for n, scale in enumerate((1, 0.3, 2, 0.7))])
-    masks = {name: (torch.rand(tensor.shape, generator=seeded("half")) < 0.5).double()
-             for name, tensor in weights.items() if "weight" in name}
-    for mask in masks.values():
-        mask[:2] = 1
+                         for n, scale in enumerate((1, 0.3, 2, 0.7)[:nets])])
+    masks = {}
+    for name, tensor in weights.items():
+        ranks = torch.rand(nets, tensor[0].numel(), generator=seeded(name)).argsort(1)
+        if name.removesuffix(".weight") in sparse:
+            masks[name] = (ranks < tensor[0].numel() // 10).double().view(tensor.shape)
+        elif name.endswith(".weight"):
+            masks[name] = (ranks < tensor[0].numel() // 2).double().view(tensor.shape)
+            masks[name][:nets // 2] = 1
     return lth.masked(weights, masks), masks
 
 
-def check_evaluation(measures: list, n: int, plain: nn.Sequential, data: dict, loss: float) -> None:
-    """An evaluation's n-th numbers are those of the plain network, with all of its units."""
-    expected = [loss]
-    for part in ("validation", "test"):
-        images, labels = data[part]
+def plain_evaluation(plain: nn.Sequential, data: dict) -> list[float]:
+    """Return the loss and accuracy on the validation images, and the accuracy on the test images, with all units."""
+    found = []
+    for images, labels in (data["validation"], data["test"]):
         logits = plain_logits(plain, images, []).detach()
-        expected += [F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()]
-    del expected[3]                                         # there is no test loss
-    assert [measure[n].item() for measure in measures] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+        found += [F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()]
+    return [*found[:2], found[3]]
 
 
-@pytest.mark.parametrize(("model", "level", "arms", "rewind_step", "begin"), [
-    ("mlp", 0, ("dense",), 15, 0), ("mlp", 5, ("rewind", "reinit"), 0, 0), ("mlp", 2, ("shuffle", "finetune"), 15, 15),
-    ("mlp", 5, ("reinit", "small"), 15, 0), ("lenet", 5, ("rewind", "reinit"), 0, 0),
-    ("own", 3, ("oneshot", "transfer"), 20, 20)])
-def test_a_stack_trains_as_plain_networks_do(lth, mnist, model, level, arms, rewind_step, begin):
+FALLING = {"SCHEDULE": "linear"}
+AS_IN_THE_PAPER = {"DROPOUT": 0, "CLIP_NORM": None, "WEIGHT_DECAY": 0}
+
+
+@pytest.mark.parametrize(("model", "level", "arms", "nets", "rewind_step", "start", "sparse", "constants"), [
+    ("mlp", 0, ("dense",), 4, 15, 0, (), {}),
+    ("mlp", 5, ("rewind", "reinit"), 4, 0, 0, ("fc1", "fc2"), FALLING),
+    ("mlp", 2, ("shuffle_mask", "finetune"), 4, 15, 15, ("fc1", "fc2", "output"), FALLING),
+    ("mlp", 2, ("rewind",), 1, 0, 0, ("fc1", "output"), {}),
+    ("mlp", 5, ("reinit", "small_dense"), 4, 15, 0, ("fc2",), AS_IN_THE_PAPER),
+    ("lenet", 5, ("rewind", "reinit"), 4, 0, 0, (), AS_IN_THE_PAPER),
+    ("lenet", 5, ("reinit", "keep_signs"), 4, 15, 0, ("fc1", "fc2"), {}),
+    ("own", 3, ("oneshot", "transfer"), 4, 20, 20, (), {})])
+def test_a_stack_trains_as_plain_networks_do(
+        lth, mnist, model, level, arms, nets, rewind_step, start, sparse, constants):
     """Over two epochs: the order of the images, dropout, masks before clipping, AdamW, evaluations. Late networks take
-    the steps that are left, with the images and the dropout of these steps."""
-    use_model(lth, model)
-    lth.use(SEED=3, BATCH_SIZE=BATCH, EVAL_EVERY=10, EPOCHS=3, steps_per_epoch=lambda: STEPS // 3, CLIP_NORM=1.0,
-            REWIND_STEP=rewind_step, LEARNING_RATE=2e-3, WEIGHT_DECAY=0.3, DROPOUT=0.3)
+    the remaining steps, with the images, the dropout and the learning rates of these steps. Zeros stay zero."""
+    lth.use(MODEL=model, build_network=own_network if model == "own" else lth.build_network)
+    lth.use(**{"SEED": 3, "BATCH_SIZE": BATCH, "EVAL_EVERY": 10, "EPOCHS": 3, "steps_per_epoch": lambda: STEPS // 3,
+               "CLIP_NORM": 1.0, "REWIND_STEP": rewind_step, "LEARNING_RATE": 2e-3, "WEIGHT_DECAY": 0.3,
+               "DROPOUT": 0.3} | constants)
     # An epoch of 21 batches leaves out 28 images; of 1,100 images to validate, the last hundred go by themselves.
     sizes = {"train": 700, "validation": 1_100 if model == "mlp" else 200, "test": 100}
     images, labels = mnist["train"]
     data = {part: (images[:size].double(), labels[:size]) for part, size in sizes.items()}
-    lth.check_network(torch.device("cpu"))                  # is not refused
-    weights, masks = starting_networks(lth)
-    networks = [(arm, trial) for trial in range(4 // len(arms)) for arm in arms]
-    early, trained, evaluations = lth.train(weights, masks, data, networks, level, BAR)
-    assert [step for step, *_ in evaluations] == [begin, *(step for step in (10, 20, 25, 30) if step > begin)]
+    lth.check_network(CPU)                                  # is not refused
+    weights, masks = starting_networks(lth, nets, sparse)
+    assert [*lth.sparse_layers(masks, {1, nets}, CPU)] == [f"{name}.weight" for name in sparse]
+    networks = [(arm, trial) for trial in range(nets // len(arms)) for arm in arms]
+    rewind_weights, trained, evaluations = lth.train(weights, masks, data, networks, level, BAR)
+    assert [step for step, *_ in evaluations] == [start, *(step for step in (10, 20, 25, 30) if step > start)]
+    for name, tensor in starting_networks(lth, nets, sparse)[0].items():
+        assert torch.equal(weights[name], tensor)           # nobody's workspace
+        assert name not in masks or torch.equal(trained[name] != 0, masks[name] == 1)
+    measured = {step: metrics for step, *metrics in evaluations}
     norms = []
     for n, (_, trial) in enumerate(networks):
-        plain = lth.as_plain_network(lth.build_network(model, 0.3), lth.pick(weights, n))
-        measured = {step: measures for step, *measures in evaluations}
+        plain = lth.as_plain_network(lth.build_network(model, lth.DROPOUT), lth.pick(weights, n))
         losses = []
-        for step, loss, norm in plain_training(plain, lth.pick(masks, n), data, trial, level, begin):
+        for step, loss, norm in plain_training(lth, plain, lth.pick(masks, n), data, trial, level, start):
             losses.append(loss)
             norms.append(norm)
             if step == rewind_step:
-                torch.testing.assert_close(lth.pick(early, n), dict(plain.state_dict()), rtol=1e-7, atol=1e-9)
+                torch.testing.assert_close(lth.pick(rewind_weights, n), dict(plain.state_dict()), rtol=0, atol=1e-11)
             if step in measured:
-                check_evaluation(measured[step], n, plain, data, np.mean(losses))
+                expected = [np.mean(losses), *plain_evaluation(plain, data)]
+                assert [metric[n].item() for metric in measured[step]] == pytest.approx(expected, rel=1e-6, nan_ok=True)
                 losses = []
-        torch.testing.assert_close(lth.pick(trained, n), dict(plain.state_dict()), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(lth.pick(trained, n), dict(plain.state_dict()), rtol=0, atol=1e-11)
     assert min(norms) < 1 < max(norms)                      # some were clipped, and some were not
 
 
-def trained_alike(lth, mnist: dict, networks: list, randoms: list) -> dict:
-    """All that training gives, network by network, as a list of tensors; networks start dense, drawn by `randoms`."""
-    start = lth.stack([lth.initial_weights(random) for random in randoms])
-    data = {part: (images[:300], labels[:300]) for part, (images, labels) in mnist.items()}
-    early, trained, evaluations = lth.train(start, lth.full_masks(start), data, networks, 1, BAR)
-    measures = [measure.nan_to_num() for _, *measures in evaluations for measure in measures]
-    return {network: [tensor[n] for tensor in (*early.values(), *trained.values(), *measures)]
-            for n, network in enumerate(networks)}
-
-
 @pytest.mark.parametrize("batch", [10, 128])
-@pytest.mark.parametrize(("model", "stacks"), [
-    ("lenet", [(1, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2)]),
-    ("lenet", [(2, [0, 1, 2, 3, 4], 2), (2, [1], 2), (2, [4, 2], 2)]),
-    ("mlp", [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2), (2, [2], 2), (2, [4, 0], 1)])])
-def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, request, model, stacks, batch):
+@pytest.mark.parametrize(("model", "density", "stacks"), [
+    ("lenet", 1, [(1, [0, 1, 2, 3, 4], 1), (1, [1], 1), (1, [4, 2], 1)]),
+    ("lenet", 0.1, [(2, [0, 1, 2, 3, 4], 1), (2, [1], 1), (2, [4, 2], 1)]),
+    ("mlp", 1, [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 2), (2, [2], 2), (2, [4, 0], 1)]),
+    ("mlp", 0.1, [(3, [0, 1, 2, 3, 4], 2), (1, [1], 2), (1, [4, 2], 1), (2, [2], 2), (2, [4, 0], 1)])])
+def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, request, model, density, stacks, batch):
     """To the bit, with dropout: in stacks of one, two or five trials; an MLP also among other arms and with another
     number of threads. A lone product is rounded otherwise than one of many, and so is the end of AdamW's tensor."""
     lth.use(MODEL=model, BATCH_SIZE=batch, EVAL_EVERY=4, EPOCHS=1, steps_per_epoch=lambda: 8)
     threads_before = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads_before))
+    data = {part: (images[:300], labels[:300]) for part, (images, labels) in mnist.items()}
     found = {}
     for arms, trials, threads in stacks:
-        networks = [(arm, trial) for trial in trials for arm in ("rewind", "reinit", "shuffle")[:arms]]
         torch.set_num_threads(threads)
-        results = trained_alike(lth, mnist, networks, [seeded(arm, trial) for arm, trial in networks])
-        for network, tensors in results.items():
-            assert all(map(torch.equal, found.setdefault(network, tensors), tensors)), (network, arms, trials)
-
-
-@pytest.mark.parametrize("dropout", [0.2, 0])
-def test_trials_have_dropout_of_their_own_and_arms_share_their_trials(lth, mnist, dropout):
-    """Of the same initial weights and order of images, dropout alone tells trials apart; without it, nothing does."""
-    draw = lth.generator
-    lth.use(DROPOUT=dropout, EPOCHS=1, steps_per_epoch=lambda: 5, generator=lambda purpose, trial=0, *rest: (
-        draw(purpose, 0 if purpose == "order" else trial, *rest)))
-    networks = [("rewind", 0), ("reinit", 0), ("rewind", 1), ("reinit", 1)]
-    a, b, c, d = trained_alike(lth, mnist, networks, [seeded("start") for _ in networks]).values()
-    assert all(map(torch.equal, a, b)) and all(map(torch.equal, c, d))
-    assert all(map(torch.equal, a, c)) == (dropout == 0)
-
-
-def test_pruned_weights_stay_zero_and_nothing_is_carried_over(lth, mnist):
-    """Exactly zero after decay, moments and clipping. What training starts from keeps every bit."""
-    lth.use(EPOCHS=1, steps_per_epoch=lambda: 20)
-    start, masks = (lth.copied(tensors) for tensors in starting_networks(lth))
-    data = {part: (images[:500].double(), labels[:500]) for part, (images, labels) in mnist.items()}
-    networks = [(arm, trial) for trial in range(2) for arm in ("rewind", "reinit")]
-    (early, trained, _), (_, again, _) = (lth.train(start, masks, data, networks, 1, BAR) for _ in range(2))
-    for name, tensor in starting_networks(lth)[0].items():
-        assert torch.equal(start[name], tensor) and torch.equal(early[name], tensor)
-        assert not torch.equal(trained[name], tensor) and torch.equal(trained[name], again[name])
-        assert name not in masks or torch.equal(trained[name] != 0, masks[name] == 1)
+        networks = [(arm, trial) for trial in trials for arm in ("rewind", "reinit", "shuffle_mask")[:arms]]
+        start = lth.stack([lth.initial_weights(seeded(*network)) for network in networks])
+        masks = lth.full_masks(start)
+        for name, mask in masks.items():
+            if mask.dim() == 3:
+                mask[:] = torch.rand(mask[0].shape, generator=seeded(name)) < density
+        early, trained, evaluations = lth.train(lth.masked(start, masks), masks, data, networks, 1, BAR)
+        measures = [measure.nan_to_num() for _, *measures in evaluations for measure in measures]
+        for n, network in enumerate(networks):
+            results = [tensor[n] for tensor in (*early.values(), *trained.values(), *measures)]
+            assert all(map(torch.equal, found.setdefault(network, results), results)), (network, arms, trials)
 
 
 def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
     """Of two networks, the first one is right about all images and does not move. A training loss alone will do."""
     lth.use(EPOCHS=1, steps_per_epoch=lambda: 60, BATCH_SIZE=BATCH, LEARNING_RATE=1e30, WEIGHT_DECAY=0)
     data = {name: (images[:100], 0 * labels[:100]) for name, (images, labels) in mnist.items()}
-    start = {name: tensor[:2].float() for name, tensor in starting_networks(lth)[0].items()}
+    start = {name: tensor.float() for name, tensor in starting_networks(lth, 2)[0].items()}
     start["output.bias"][0, 0] = 1e4
     networks = [("rewind", 7), ("reinit", 7)]
-    for step in (25, 0):
-        with pytest.raises(lth.UserError, match=rf"of reinit, trial 7, at level 3 was not finite by step {step}\."):
-            lth.train(start, lth.full_masks(start), data, networks, 3, BAR)
-        start["fc1.bias"][1, 0] = float("nan")
-    with pytest.raises(lth.UserError, match="reinit, trial 7, at level 3 was not finite by step 25"):
-        lth.check_finite(torch.tensor([1, torch.nan]), (25, *torch.ones(4, 2)), networks, 3)
-
-
-@pytest.mark.parametrize(("device", "most"), [("cpu", 20), ("cuda", 200)])
-def test_stacks_hold_all_networks_once_and_the_arms_of_a_trial_together(lth, device, most):
-    """Of 50 trials: trial by trial, all starting at one step, and no more stacks than their size asks for."""
-    late = {"rewind", "permute", "finetune", "shuffle", "oneshot", "transfer"}
-    for arms, step in itertools.product((("rewind",), ("reinit", "rewind"), tuple(lth.ARM_TABLE)), (0, 100)):
-        lth.use(TRIALS=50, ARMS=arms, REWIND_STEP=step)
-        groups = [[arm for arm in arms if step * (arm in late) == begin] for begin in sorted({0, step})]
-        expected = [[(arm, trial) for trial in range(begin, min(begin + most // len(group), 50)) for arm in group]
-                    for group in groups if group for begin in range(0, 50, most // len(group))]
-        assert list(lth.stacks(1, torch.device(device))) == expected
-        assert [*itertools.chain(*lth.stacks(0, torch.device(device)))] == [("dense", trial) for trial in range(50)]
+    with pytest.raises(lth.UserError, match=r"of reinit, trial 7, at level 3 was not finite by step 25\."):
+        lth.train(start, lth.full_masks(start), data, networks, 3, BAR)
+    with pytest.raises(lth.UserError, match=r"of rewind, trial 7, at level 3 was not finite by step 50\."):
+        lth.check_finite(torch.tensor([torch.nan, 1]), (50, *torch.ones(4, 2)), networks, 3)
