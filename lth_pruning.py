@@ -2073,18 +2073,6 @@ def to_csv(table: pd.DataFrame) -> bytes:
 
 # ---- A results folder holds one run ----------------------------------------------------------------------------------
 
-def prepare_results_folder() -> Path:
-    """Create RESULTS_DIR; fail early if it is not writable."""
-    folder = resolve_path(RESULTS_DIR)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"the results folder {folder} cannot be written to ({error.strerror}): "
-                        "choose another RESULTS_DIR.") from None
-    return folder
-
-
 def run_info(device: torch.device, tickets_from: dict | None) -> dict:
     """Return the contents of run.json: everything that identifies a run."""
     libraries = (torch, torchvision, np, pd, matplotlib, sns)
@@ -2132,37 +2120,33 @@ def load_state(folder: Path, identity: dict) -> State:
     """Return the state to resume from: the checkpoint's if it is this run's, else a new one. Say which, and why."""
     path = folder / "checkpoint.pt"
     saved, state = read_checkpoint(folder)
-    if saved == identity and state.level < LEVELS:
-        say(f"resuming after level {state.level} of {LEVELS}, from {path}")
-    elif saved == identity:
-        say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
-    elif saved:
+    if saved == identity:
+        if state.level < LEVELS:
+            say(f"resuming after level {state.level} of {LEVELS}, from {path}")
+        else:
+            say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
+        return state
+    if saved:
         different = sorted(name for name in identity | saved if identity.get(name) != saved.get(name))
         say(f"{folder} holds another run (with another {', another '.join(different)}): its files will be moved to "
             "previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
-    return state if saved == identity else State()
+    return State()
 
 
 def save_state(state: State, folder: Path, identity: dict) -> None:
     """Write the checkpoint; first move whatever else of a run lies in the folder to previous/<time>/."""
     if rank_and_world_size()[0] > 0:
         return
-    saved, _ = read_checkpoint(folder)
-    if saved != identity:
-        move_to_previous(folder)
-    write_atomically(folder / "checkpoint.pt", {"identity": identity, "state": vars(state)})
-
-
-def move_to_previous(folder: Path) -> None:
-    """Move a run's files to previous/<time>/ in the folder."""
-    previous = folder / "previous" / datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
-    for path in [folder / name for name in RESULT_FILES if (folder / name).exists()]:
-        previous.mkdir(parents=True, exist_ok=True)
-        path.rename(previous / path.name)
-    if previous.exists():
+    files = [folder / name for name in RESULT_FILES if (folder / name).exists()]
+    if files and read_checkpoint(folder)[0] != identity:
+        previous = folder / "previous" / datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
+        previous.mkdir(parents=True)
+        for path in files:
+            path.rename(previous / path.name)
         say(f"the results of an earlier run are now in {previous}")
+    write_atomically(folder / "checkpoint.pt", {"identity": identity, "state": vars(state)})
 
 
 def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
@@ -2354,43 +2338,6 @@ def report_level(state: State, seconds: float) -> None:
 TYPES = typing.get_type_hints(sys.modules[__name__])        # of the constants, by name
 
 
-def one_of(*words: str) -> tuple[str, Callable[[str], bool]]:
-    """Return the requirement of a constant that is one of some words."""
-    return "one of " + ", ".join(words), words.__contains__
-
-
-# What each constant must be, besides its type, in words and as a condition
-REQUIREMENTS = {
-    "DATASET": one_of(*CONTENTS),
-    "PIXELS": one_of("standardised", "unit_interval", "unit_length"),
-    "MODEL": ("a name that build_network knows", bool),
-    "INIT": one_of("kaiming_normal", "xavier_normal"),
-    "DROPOUT": ("a number from 0 to 0.99", lambda share: 0 <= share <= 0.99),
-    "ARMS": ("a choice, each once, of " + ", ".join(ARM_TABLE), lambda arms: (
-        set(arms) <= set(ARM_TABLE) and len(set(arms)) == len(arms))),
-    "TRIALS": ("a whole number, 1 to 1000", lambda number: 1 <= number <= 1_000),
-    "LEVELS": ("a whole number, 0 to 255", lambda number: 0 <= number <= 255),          # tickets.pt has 8 bits for them
-    "PRUNE_RATE": ("a number between 0 and 1", lambda rate: 0 < rate < 1),
-    "PRUNE_SCOPE": one_of("layer", "global"),
-    "REWIND_STEP": ("a whole number, 0 or more", lambda step: step >= 0),
-    "TICKETS_FROM": ("the path of a tickets.pt, or None", lambda path: path is None or path),
-    "SEED": ("a whole number, 0 to 2**63 - 1", lambda seed: 0 <= seed < 2**63),
-    "VALIDATION_SIZE": ("a whole number, 1 to 59999", lambda size: 1 <= size < 60_000),
-    "EPOCHS": ("a whole number, 1 or more", lambda number: number >= 1),
-    "BATCH_SIZE": ("a whole number, 1 or more, and no more than there are training images", lambda size: (
-        1 <= size <= 60_000 - VALIDATION_SIZE)),
-    "LEARNING_RATE": ("a number above 0", lambda rate: 0 < rate < math.inf),
-    "SCHEDULE": one_of("constant", "linear"),
-    "WEIGHT_DECAY": ("a number of at least 0", lambda decay: 0 <= decay < math.inf),
-    "CLIP_NORM": ("a number above 0, or None", lambda norm: norm is None or 0 < norm < math.inf),
-    "EVAL_EVERY": ("a whole number, 1 or more", lambda steps: steps >= 1),
-    "DATA_DIR": ("a folder's path", bool),
-    "RESULTS_DIR": ("a folder's path", bool),
-    "DEVICE": ("auto, cpu, cuda, or cuda:1 and so on", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
-    "STACK_SIZE": ("a whole number, 1 or more, or None", lambda size: size is None or size >= 1),
-}
-
-
 def constants() -> dict:
     """Return all constants by name; a whole number becomes a float if the constant is one."""
     values = {name: globals()[name] for name in TYPES}
@@ -2427,18 +2374,46 @@ def read_arguments(arguments: list[str]) -> dict:
 def check_constants() -> None:
     """Raise UserError if a constant is of a wrong type or out of range, or if constants are incompatible."""
     for name, value in constants().items():
-        words, holds = REQUIREMENTS[name]
-        if isinstance(value, bool) or not isinstance(value, TYPES[name]) or not holds(value):
-            raise UserError(f"{name} must be {words}, not {value!r}.")
-    if "rewind" not in ARMS:
-        raise UserError("ARMS must contain rewind: its networks are the ones that are pruned.")
-    if ("transfer" in ARMS) != (TICKETS_FROM is not None):
-        raise UserError("the arm transfer needs TICKETS_FROM, and TICKETS_FROM the arm: set both or neither.")
-    steps = EPOCHS * steps_per_epoch()
-    if steps <= REWIND_STEP:
-        raise UserError(f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}.")
+        kind = TYPES[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}.")
+    for holds, sentence in requirements():
+        if not holds:
+            raise UserError(f"{sentence}.")
 
-    network = build_network(MODEL, DROPOUT)
+
+def requirements() -> Iterator[tuple[bool, str]]:
+    """Yield what the constants must fulfil, in words and whether they do; each may rely on those before."""
+    words = {"DATASET": tuple(CONTENTS), "PIXELS": ("standardised", "unit_interval", "unit_length"),
+             "INIT": ("kaiming_normal", "xavier_normal"), "PRUNE_SCOPE": ("layer", "global"),
+             "SCHEDULE": ("constant", "linear")}
+    for name, choices in words.items():
+        value = globals()[name]
+        yield value in choices, f"{name} must be one of {', '.join(choices)}, not {value}"
+    for name in ("TRIALS", "EPOCHS", "BATCH_SIZE", "VALIDATION_SIZE", "EVAL_EVERY", "STACK_SIZE"):
+        value = globals()[name]
+        yield value is None or value >= 1, f"{name} must be at least 1, not {value}"
+    yield DATA_DIR and RESULTS_DIR, "DATA_DIR and RESULTS_DIR must be the paths of folders"
+    yield re.fullmatch(r"auto|cpu|cuda(:\d+)?", DEVICE), f"DEVICE must be auto, cpu, cuda, or cuda:1, not {DEVICE}"
+    yield set(ARMS) <= set(ARM_TABLE), f"ARMS must be some of {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}"
+    yield len(set(ARMS)) == len(ARMS), "ARMS must name each arm once"
+    yield "rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned"
+    yield ("transfer" in ARMS) == (TICKETS_FROM is not None), ("the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
+                                                               "the arm: set both or neither")
+    yield TRIALS <= 1_000, f"TRIALS must be at most 1000, not {TRIALS}"
+    yield 0 <= LEVELS <= 255, f"LEVELS must be 0 to 255, not {LEVELS}"      # tickets.pt has 8 bits for them
+    yield 0 < PRUNE_RATE < 1, f"PRUNE_RATE must be between 0 and 1, not {PRUNE_RATE}"
+    yield 0 <= DROPOUT <= 0.99, f"DROPOUT must be 0 to 0.99, not {DROPOUT}"
+    yield 0 <= SEED < 2**63, f"SEED must be 0 to 2**63 - 1, not {SEED}"
+    yield VALIDATION_SIZE < 60_000, f"VALIDATION_SIZE must be below 60000, not {VALIDATION_SIZE}"
+    yield BATCH_SIZE <= 60_000 - VALIDATION_SIZE, "BATCH_SIZE must be at most the number of training images"
+    yield 0 < LEARNING_RATE < math.inf, f"LEARNING_RATE must be above 0, not {LEARNING_RATE}"
+    yield 0 <= WEIGHT_DECAY < math.inf, f"WEIGHT_DECAY must be at least 0, not {WEIGHT_DECAY}"
+    yield CLIP_NORM is None or 0 < CLIP_NORM < math.inf, f"CLIP_NORM must be above 0, or None, not {CLIP_NORM}"
+    steps = EPOCHS * steps_per_epoch()
+    yield 0 <= REWIND_STEP < steps, f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}"
+
+    network = build_network(MODEL, DROPOUT)                 # raises UserError for an unknown MODEL
     rates = prune_rates(network)
     remaining = {name: network.get_parameter(name).numel() for name in rates}
     if PRUNE_SCOPE == "global":
@@ -2446,9 +2421,9 @@ def check_constants() -> None:
         remaining = {"all layers": sum(remaining.values())}
     for level, name in itertools.product(range(1, LEVELS + 1), rates):
         pruned = round(rates[name] * remaining[name])
-        if not 0 < pruned < remaining[name]:
-            raise UserError(f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} are incompatible: level {level} would prune "
-                            f"{pruned} of the {remaining[name]} weights left in {name}.")
+        yield 0 < pruned < remaining[name], (
+            f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} are incompatible: level {level} would prune {pruned} of the "
+            f"{remaining[name]} weights left in {name}")
         remaining[name] -= pruned
 
 
@@ -2482,7 +2457,9 @@ def run_or_resume(device: torch.device) -> None:
     source_tickets, tickets_from = load_source_tickets()
     info = run_info(device, tickets_from)
     identity = identify(info, device)
-    folder = prepare_results_folder()
+    folder = resolve_path(RESULTS_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()              # if it is not writable, fail now
     init_distributed()
     rank, _ = rank_and_world_size()
     if rank > 0:
