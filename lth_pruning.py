@@ -1082,7 +1082,6 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
 
 MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles speak of these; figures draw them bold, with their spread
-MORE_WEIGHTS = "has more weights"                   # of an arm that is not compared at a level
 NETWORK = ["dataset", "model", "arm", "trial", "level", "weights_remaining"]        # columns that identify a network
 
 
@@ -1104,13 +1103,25 @@ class Run:
         self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
 
-        # What grey lines say is drawn: one trial has no range, and two have no interval.
-        self.ranges = "means and ranges of trials" if self.trials > 1 else "one trial"
-        self.intervals = "means and 95 % confidence intervals" if self.trials > 2 else "means without intervals"
-
         # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
         excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
         self.compared = self.networks[excess < 1.1].astype({"stop_step": float, "catch_up_step": float})
+
+        # Early stops, by arm and level. Their median is missing if half of the trials or more have not reached theirs.
+        steps = self.compared.set_index(["arm", "level"])["stop_step"]
+        groups = steps.groupby(["arm", "level"])
+        medians = steps.fillna(math.inf).groupby(["arm", "level"]).median().replace(math.inf, math.nan)
+        self.stops = pd.DataFrame({"missing": groups.size() - groups.count(), "median": medians,
+                                   "first": groups.min(), "last": groups.max()})
+        tickets = self.stops.query("arm == 'rewind'")["median"]
+        self.stops_reached = bool(tickets.notna().mean() > 0.5)             # most tickets stopped, at most levels
+
+        # What figures draw: each arm's line begins at the dense networks. One trial has no range, two have no interval.
+        dense = self.compared[self.compared["arm"] == "dense"]
+        pruned = self.compared[self.compared["level"] > 0]
+        self.lines = pd.concat([*[dense.assign(arm=arm) for arm in self.arms], pruned], ignore_index=True)
+        self.ranges = "means and ranges of trials" if self.trials > 1 else "one trial"
+        self.intervals = "means and 95 % confidence intervals" if self.trials > 2 else "means without intervals"
 
 
 def measure(records: pd.DataFrame) -> pd.DataFrame:
@@ -1161,23 +1172,6 @@ def means(run: Run, column: str) -> pd.DataFrame:
     return by_trial(run, column).groupby("level").mean().round(6)
 
 
-def early_stops(run: Run) -> pd.DataFrame:
-    """Return, by arm and level, how many early stops were not reached, and median, first and last step of the others.
-
-    The median is missing if half of the trials or more have not reached theirs.
-    """
-    steps = run.compared.set_index(["arm", "level"])["stop_step"]
-    reached = steps.groupby(["arm", "level"])
-    medians = steps.fillna(math.inf).groupby(["arm", "level"]).median().replace(math.inf, math.nan)
-    return pd.DataFrame({"missing": reached.size() - reached.count(), "median": medians, "first": reached.min(),
-                         "last": reached.max()})
-
-
-def early_stops_reached(run: Run) -> bool:
-    """Return whether most tickets stopped before training ended, at most levels."""
-    return bool(run.arms) and bool(early_stops(run).loc["rewind", "median"].notna().mean() > 0.5)
-
-
 def confidence_interval(differences: pd.Series) -> tuple[float, float]:
     """Return the 95 % confidence interval of the mean of paired differences by Student's t, in points.
 
@@ -1189,42 +1183,38 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
     return differences.mean() - half_width, differences.mean() + half_width
 
 
-def decide(low: float, high: float) -> dict[str, str]:
-    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y and whether it matches y.
+def decide(low: float, high: float, margin: float = 0) -> str:
+    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y or, with a margin, matches y.
 
-    The "word" says both at once, for tables. An interval of nan decides nothing.
+    An interval of nan decides nothing.
     """
-    answers = {"word": "inconclusive", "beats": "inconclusive", "matches": "inconclusive"}
-    if high < 0:
-        answers = {"word": "behind", "beats": "contradicted", "matches": "behind, size open"}
-    if high < -MATCHING_MARGIN:
-        answers["matches"] = "contradicted"
-    if low > -MATCHING_MARGIN:
-        answers |= {"word": "as good", "matches": "supported"}
-    if low > 0:
-        answers |= {"word": "ahead", "beats": "supported"}
-    return answers
+    if low > -margin:
+        return "supported"
+    if high < -margin:
+        return "contradicted"
+    return "behind, size open" if high < 0 else "inconclusive"
 
 
 def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataFrame:
     """Compare two arms at each pruned level, by differences x - y within trials.
 
-    Returns a row per level: mean, low and high of the interval in points, their text, and what `decide` says. The row
-    is nan and "" where an arm has more weights and is not compared.
+    Returns a row per level: mean, low and high of the interval in points, their text, what `decide` says, and a word
+    that says both. Levels at which an arm has more weights are left out.
     """
     wide = by_trial(run, column).drop(0)
-    differences = (wide[x] - wide[y]).round(4)              # equal counts of correctly classified images compare equal
+    differences = (wide[x] - wide[y]).round(4).dropna()     # equal counts of correctly classified images compare equal
     rows = {}
     for level, of_level in differences.groupby("level"):
         mean = of_level.mean()
         low, high = confidence_interval(of_level)
         text = f"{round(mean, 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}"       # + 0.0 turns -0.0 into 0.0
-        answers = decide(low, high)
-        if math.isnan(mean):
-            text = MORE_WEIGHTS
-            answers = dict.fromkeys(answers, "")
-        rows[level] = {"mean": mean, "low": low, "high": high, "text": text.removesuffix(" ± nan"), **answers}
-    columns = ["mean", "low", "high", "text", "word", "beats", "matches"]
+        beats = decide(low, high)
+        matches = decide(low, high, MATCHING_MARGIN)
+        word = {"supported": "ahead", "contradicted": "behind"}.get(beats, "inconclusive")
+        if matches == "supported" != beats:
+            word = "as good"
+        rows[level] = [mean, low, high, text.removesuffix(" ± nan"), beats, matches, word]
+    columns = ["mean", "low", "high", "text", "beats", "matches", "word"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
@@ -1347,40 +1337,35 @@ def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
     return run.percent.get(last_kept_up + 1, "")
 
 
-def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[str, list[str]]:
-    """Say how many controls the tickets beat at a level, and return the others."""
-    answers = pd.Series({arm: compare(run, "rewind", arm, column).loc[level, "beats"] for arm in run.controls})
-    answers = answers[answers != ""]
-    others = list(answers.index[answers != "supported"])
-    if not others:
-        return "every control", others
-    return f"{len(answers) - len(others)} of {count(len(answers), 'control')}", others
+def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
+    """Return the controls that the tickets beat at a level, and those that they do not."""
+    answers = pd.Series({arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}).dropna()
+    beaten = answers == "supported"
+    return list(answers.index[beaten]), list(answers.index[~beaten])
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 SIZE = (12, 6.75)                         # inches, 16:9
-BOX = {"left": 0.085, "right": 0.725, "bottom": 0.1, "top": 0.795}      # of the axes; names of lines on their right
-GREY = "0.35"                             # of the dense networks, and of what belongs to no arm
+BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.795}      # of the axes; names of lines on their right
+GREY = "0.35"                             # of what belongs to no arm
 STYLE = {
-    "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
+    "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9", "axes.unicode_minus": False}
 
 
-def colour_of(arm: str) -> str:
-    """Return an arm's colour; anything else is grey."""
-    return ARM_TABLE[arm].colour if arm in ARM_TABLE else GREY
+DENSE = Arm(rewind, "dense network", GREY, "o")           # how figures draw what is not in ARM_TABLE
 
 
-def marker_of(arm: str) -> str:
-    """Return an arm's marker; anything else is a dot."""
-    return ARM_TABLE[arm].marker if arm in ARM_TABLE else "o"
+def look(arm: str) -> Arm:
+    """Return how an arm is drawn."""
+    return ARM_TABLE.get(arm, DENSE)
 
 
 def text_colour(arm: str) -> np.ndarray:
     """Return an arm's colour (red, green, blue), darkened until its contrast with white is 4.5 to 1 (WCAG 2)."""
-    rgb = np.array(to_rgb(colour_of(arm)))
+    rgb = np.array(to_rgb(look(arm).colour))
     while 1.05 / (sns.utils.relative_luminance(rgb) + 0.05) < 4.5:
         rgb = 0.98 * rgb
     return rgb
@@ -1417,27 +1402,20 @@ def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
     What ends below the axes gets its value and an arrow.
     """
     names = sorted(ends, key=ends.get)
+    lowest, _ = axes.get_ylim()
+    words = {name: label(run, name) + f", {ends[name]:.1f} ↓" * (ends[name] < lowest) for name in names}
+    words = {name: "\n".join(textwrap.fill(line, 33) for line in text.splitlines()) for name, text in words.items()}
     to_axes = axes.transScale + axes.transLimits
     heights = np.array([to_axes.transform((1, ends[name]))[1] for name in names]).clip(0, 1)
     line = 0.25 / (axes.get_position().height * SIZE[1])                    # height of a line of text, in axes
-    sizes = np.array([line * (1 + name.count("\n")) for name in names])
+    sizes = np.array([line * (1 + words[name].count("\n")) for name in names])
     gaps = np.cumsum(sizes) - sizes / 2 - line / 2
     places = gaps + isotonic_regression(heights - gaps).x.clip(0, 1 - gaps[-1])         # least squares, in order
     for name, height, place in zip(names, heights, places, strict=True):
-        words = label(run, name)
-        if ends[name] < axes.get_ylim()[0]:
-            words += f", {ends[name]:.1f} ↓"
-        leader = {"arrowstyle": "-", "color": colour_of(name), "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(words, (1, height), (BOX["right"] + 0.022, place), "axes fraction",
+        leader = {"arrowstyle": "-", "color": look(name).colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(words[name], (1, height), (BOX["right"] + 0.022, place), "axes fraction",
                       ("figure fraction", "axes fraction"), color=text_colour(name), size=12, va="center",
                       annotation_clip=False, arrowprops=leader)
-
-
-def curves(run: Run) -> pd.DataFrame:
-    """Return the compared networks, dense ones once as the beginning of each arm's line."""
-    dense = run.compared[run.compared["arm"] == "dense"]
-    pruned = run.compared[run.compared["level"] > 0]
-    return pd.concat([*[dense.assign(arm=arm) for arm in run.arms], pruned], ignore_index=True)
 
 
 def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **style: Any) -> dict[str, float]:
@@ -1447,11 +1425,11 @@ def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **
     """
     arms = table["arm"].unique()
     bottom, _ = axes.get_ylim()
-    colours = {"x": x, "y": y, "hue": "arm", "palette": {arm: colour_of(arm) for arm in arms}, "legend": False}
+    colours = {"x": x, "y": y, "hue": "arm", "palette": {arm: look(arm).colour for arm in arms}, "legend": False}
     lines = colours | {"style": "arm", "dashes": {arm: (3, 1.5) if arm == "dense" else "" for arm in arms}}
-    lines |= {"markers": {arm: marker_of(arm) for arm in arms}, "markeredgewidth": 0.6}
+    lines |= {"markers": {arm: look(arm).marker for arm in arms}, "markeredgewidth": 0.6}
     main = table["arm"].isin(["dense", *MAIN_ARMS])
-    for rows, spread, width, size in ((table[~main], None, 1.3, 5), (table[main], errorbar, 2.6, 8)):
+    for rows, spread, width, size in ((table[~main], None, 1.3, 6), (table[main], errorbar, 2.6, 8)):
         if len(rows):
             sns.lineplot(rows, errorbar=spread, ax=axes, **lines | {"linewidth": width, "markersize": size} | style)
 
@@ -1471,9 +1449,9 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
         return None
     note = f"above: {run.ranges}; below: {run.intervals}"
     figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.1)
-    table = curves(run)
+    table = run.lines
     dense = table[table["level"] == 0].groupby("trial")[column].first()
-    table["lead"] = (table[column] - table["trial"].map(dense)).round(4)
+    table = table.assign(lead=(table[column] - table["trial"].map(dense)).round(4))
     draw_accuracies(axes[0, 0], run, table, shown, column)
     draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], shown, column)
     for panel, start in zip(axes[:, 0], (dense.mean(), 0), strict=True):
@@ -1496,7 +1474,9 @@ def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     if "transfer" in shown[1:]:
         second = against_dense(run, "transfer", column)
     elif set(shown) - set(MAIN_ARMS):
-        second = f"with {run.percent[level]}, they beat {controls_beaten(run, level, column)[0]}"
+        beaten, others = controls_beaten(run, level, column)
+        controls = count(len(beaten) + len(others), "control")
+        second = f"with {run.percent[level]}, they beat {len(beaten)} of {controls}"
     elif "reinit" in shown[1:]:
         second = against_dense(run, "reinit", column)
     if second:
@@ -1558,7 +1538,7 @@ def accuracy_plot_reinit(run: Run) -> Figure | None:
 
 def final_accuracy_plot(run: Run) -> Figure | None:
     """Draw the comparison after the last step, as in the paper's figure 4, if networks stopped early before it."""
-    if not early_stops_reached(run):
+    if not run.stops_reached:
         return None
     return accuracy_plot(run, run.arms, "final_test_accuracy")
 
@@ -1569,20 +1549,14 @@ def supermask_plot(run: Run) -> Figure | None:
         return None
     column = "untrained_test_accuracy"
     averages = means(run, column)
+    when = "without any training" if run.constants["REWIND_STEP"] == 0 else "where training starts"
     level, = levels_near(run, 21.1)
-    step = run.constants["REWIND_STEP"]
-    start = "Without any training" if step == 0 else f"At step {step}, where training starts"
-    weights = name_weights(run, "original weights")
-    title = (f"{start}, {run.percent[level]} of the {weights} reach {averages.loc[level, 'rewind']:.0f} % test "
-             "accuracy under the ticket's mask")
-    if "reinit" in run.arms:
-        title += f", new weights {averages.loc[level, 'reinit']:.0f} %"
+    title = f"Test accuracy {when}: {contrast(run, averages.loc[level], '{:.0f} %')}"
     figure, ((axes,),) = new_figure(run, title, run.ranges)
 
     axes.set(ylim=(0, 100), ylabel="test accuracy before training (%)")
     axes.axhline(10, color=GREY, linestyle=":")
-    table = curves(run)
-    table = table[table["arm"] != "finetune"]               # it has been trained
+    table = run.lines[run.lines["arm"] != "finetune"]       # it has been trained
     ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
     guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
     names = ",\n".join([label(run, arm) for arm in guessing])
@@ -1631,28 +1605,28 @@ def leads_plot(run: Run) -> Figure | None:
         return None
     levels = levels_near(run, 21.1, 7.0, 3.6)
     beaten, others = controls_beaten(run, levels[0])
-    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {beaten}"
+    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {len(run.controls)} controls"
     if len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
     if run.trials < 3:
         title = "Leads of tickets: too few trials to decide"
-    figure, ((axes,),) = new_figure(run, title, run.intervals, left=0.27, right=0.96)
+    figure, ((axes,),) = new_figure(run, title, run.intervals, left=0.27, right=0.93)
 
     accuracies = by_trial(run, "test_accuracy").loc[levels]
     leads = accuracies.drop(columns="rewind").rsub(accuracies["rewind"], axis="index").round(4)
     averages = leads.groupby("level").mean().sort_values(levels[0], axis="columns", ascending=False)
     arms = list(averages.columns)
-    limit = 1.5 * max(0.5, averages.abs().max().nlargest(2).iloc[-1])       # one arm must not squeeze all others
+    limit = 2 * max(0.5, averages.abs().max().nlargest(2).iloc[-1])       # one arm must not squeeze all others
     near = leads.where(leads.groupby("level").transform("mean").abs() <= limit)
     table = near.melt(ignore_index=False, value_name="lead").reset_index()
     density = table["level"].map(run.percent) + " of the weights"
-    shades = sns.light_palette(colour_of("rewind"), 4)[-len(levels):]
+    shades = sns.light_palette(ARM_TABLE["rewind"].colour, 4)[-len(levels):]
     sns.pointplot(table, x="lead", y="arm", hue=density, order=arms, dodge=0.25 * (len(levels) - 1), palette=shades,
                   errorbar=confidence_interval, linestyle="none", markersize=7, err_kws={"linewidth": 2}, ax=axes)
     for (level, arm), lead in averages.stack().items():
         place = arms.index(arm) + 0.25 * (levels.index(level) - (len(levels) - 1) / 2)
         if lead > limit:
-            axes.text(1, place, f"{lead:.1f} →", size=11, transform=axes.get_yaxis_transform(), ha="right", va="center")
+            axes.text(1, place, f" {lead:.1f} →", size=11, transform=axes.get_yaxis_transform(), va="center")
         if lead < -limit:
             axes.text(0, place, f" ← {lead:.1f}", size=11, transform=axes.get_yaxis_transform(), va="center")
 
@@ -1670,9 +1644,9 @@ def leads_plot(run: Run) -> Figure | None:
 
 def early_stopping_plot(run: Run) -> Figure | None:
     """Draw early-stopping steps, medians and ranges, and in a strip above how many trials have not reached theirs."""
-    if not early_stops_reached(run):
+    if not run.stops_reached:
         return None
-    table = early_stops(run)
+    table = run.stops
     late = [arm for arm in ("dense", *run.arms) if table.loc[arm, "missing"].any()]
     note = f"medians and ranges; above: how many of the {run.trials} trials did not stop early"
     figure, axes = new_figure(run, steps_title(run), note, 2, height_ratios=(len(late) + 1, 16), hspace=0.05)
@@ -1690,9 +1664,9 @@ def early_stopping_plot(run: Run) -> Figure | None:
         x = run.densities[stops.index]
         if arm != "dense":
             x = x * 1.15 ** (0.5 - (n - 0.5) / len(run.arms))               # side by side
-        size, width = (8, 2.6) if arm in MAIN_ARMS else (5, 1.3)
+        size, width = (8, 2.6) if arm in MAIN_ARMS else (6, 1.3)
         lower.errorbar(x, stops["median"], [stops["median"] - stops["first"], stops["last"] - stops["median"]],
-                       color=colour_of(arm), marker=marker_of(arm), markeredgecolor="white", markersize=size,
+                       color=look(arm).colour, marker=look(arm).marker, markeredgecolor="white", markersize=size,
                        linewidth=width, elinewidth=1.2)
         if stops["median"].notna().iloc[-1]:
             ends[arm] = stops["median"].iloc[-1]
@@ -1801,9 +1775,9 @@ def verdict(run: Run) -> list[str]:
     sentences.append(f"{given} {'; they '.join(leads)}.")
     if run.trials >= 3 and set(run.controls) - set(MAIN_ARMS):
         beaten, others = controls_beaten(run, level)
-        sentence = f"{given} beat {beaten}"
-        if others:
-            sentence += f", all but {listing(others, 'and')}"
+        sentence = f"{given} beat {listing(beaten, 'and') or 'no control'}"
+        if beaten and others:
+            sentence += f", but not {listing(others, 'or')}"
         sentences.append(f"{sentence}.")
     untrained = contrast(run, means(run, "untrained_test_accuracy").loc[level], "{:.2f} %")
     return [*sentences, f"Test accuracy before training: {untrained}."]
@@ -1811,13 +1785,10 @@ def verdict(run: Run) -> list[str]:
 
 def lead_in_words(run: Run, arm: str, level: int) -> str:
     """Say how the tickets compare with an arm at a level."""
-    row = compare(run, "rewind", arm).loc[level]
-    size = row["text"].lstrip("+-")
-    if row["word"] == "ahead":
-        return f"beat {plural(run, arm)} by {size} points"
-    if row["word"] == "behind":
-        return f"trail {plural(run, arm)} by {size} points"
-    return f"differ from {plural(run, arm)} by {row['text']} points ({row['word']})"
+    _, _, _, text, _, _, word = compare(run, "rewind", arm).loc[level]
+    if word in ("ahead", "behind"):
+        return f"{'beat' if word == 'ahead' else 'trail'} {plural(run, arm)} by {text.lstrip('+-')} points"
+    return f"differ from {plural(run, arm)} by {text} points ({word})"
 
 
 def why_untested(run: Run, claim: Claim) -> str:
@@ -1841,8 +1812,10 @@ def judge(run: Run, claim: Claim) -> tuple[str, str]:
     level, = levels_near(run, claim.percent)
     if claim.relation == "stops before":
         return compare_steps(run, claim.x, claim.y, level)
-    row = compare(run, claim.x, claim.y, claim.column).loc[level]
-    return row["text"], row[claim.relation]
+    table = compare(run, claim.x, claim.y, claim.column)
+    if level not in table.index:
+        return "has more weights", ""
+    return table.loc[level, "text"], table.loc[level, claim.relation]
 
 
 def claims_section(run: Run) -> str:
@@ -1872,7 +1845,7 @@ def controls_section(run: Run) -> str:
         for level in levels:
             number, answer = judge(run, Claim("", x, relation, y, run.densities[level]))
             answer = {"supported": "yes", "contradicted": "no"}.get(answer, answer)
-            row.append(f"{number}: {answer}" if number != MORE_WEIGHTS else number)
+            row.append(f"{number}: {answer}".removesuffix(": "))
         rows.append(row)
     return "## Controls\n\n" + markdown(["question", "difference", *[f"at {run.percent[n]}" for n in levels]], rows)
 
@@ -1881,39 +1854,24 @@ def level_table(run: Run, arms: list[str]) -> str:
     """Return a table of some arms with a row per level; the main arms are compared with dense networks, too."""
     table = pd.DataFrame({"weights remaining": run.percent.drop(0)})
     for arm in arms:
-        table[f"{arm}, %"] = means(run, "test_accuracy")[arm].map("{:.2f}".format).replace("nan", "")
+        table[f"{arm}, %"] = means(run, "test_accuracy")[arm].dropna().map("{:.2f}".format)
         pairs = [(arm, "dense")] if arm in MAIN_ARMS else []
         if arm != "rewind":
             pairs.append(("rewind", arm))
         for x, y in pairs:
             compared = compare(run, x, y)
-            words = compared["text"] + ", " + compared["word"]
-            table[f"{x} - {y}"] = words.where(compared["text"] != MORE_WEIGHTS, MORE_WEIGHTS)
-        if early_stops_reached(run):
-            steps = early_stops(run).loc[arm, "median"].map("{:,.0f}".format).replace("nan", "not reached")
-            table[f"{arm}, step"] = steps.reindex(table.index, fill_value="")
+            table[f"{x} - {y}"] = compared["text"] + ", " + compared["word"]
+        if run.stops_reached:
+            table[f"{arm}, step"] = run.stops.loc[arm, "median"].map("{:,.0f}".format)
     if "rewind" in arms:
         table["rewind, untrained, %"] = means(run, "untrained_test_accuracy")["rewind"].map("{:.2f}".format)
-    return markdown(table.columns, table.to_numpy())
+    return markdown(table.columns, table.fillna("has more weights").replace("nan", "not reached").to_numpy())
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table of strings as Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
-
-
-def settings(run: Run) -> str:
-    """Return the contents of run.json as lines NAME = value; of the run that tickets come from, what is different."""
-    parts = [("", run.constants), ("", run.info.get("versions", {})),
-             ("", {name: value for name, value in run.info.items() if not isinstance(value, dict | None)})]
-    if run.info["tickets_from"]:
-        source = run.info["tickets_from"]
-        different = {name: value for name, value in source["constants"].items() if value != run.constants.get(name)}
-        parts.append(("source of the tickets: ", different | {"sha256": source["sha256"]}))
-    lines = [f"{prefix}{name} = {value!r}" for prefix, part in parts for name, value in part.items()]
-    note = "# code_version: sha256 of the code that determines the numbers, comments aside"
-    return "\n".join([*lines, note])
 
 
 HOW_TO_READ = f"""## How to read this page
@@ -1958,13 +1916,14 @@ def summary(run: Run) -> str:
         if others:
             text += f"<details>\n<summary>Other controls</summary>\n\n{level_table(run, others)}</details>\n\n"
         text += name_weights(run, HOW_TO_READ)
-    return text + f"## Constants and versions\n\n```\n{settings(run)}\n```\n"
+    values = pd.json_normalize(run.info).to_dict("records")[0]
+    names = sorted(values, key=lambda name: (not name.startswith("constants."), not name.startswith("versions.")))
+    lines = [f"{re.sub('^(constants|versions)[.]', '', name)} = {values[name]!r}" for name in names]
+    text += "## Constants and versions\n\n```\n" + "\n".join(lines) + "\n```\n\n"
+    return text + "`code_version`: sha256 of the code that determines the numbers, comments aside.\n"
 
 
 # ---- Reading a results folder ----------------------------------------------------------------------------------------
-
-NEEDED = {"DATASET", "PIXELS", "MODEL", "EPOCHS", "SCHEDULE", "PRUNE_SCOPE", "REWIND_STEP", "LEVELS"}   # constants
-
 
 def read_run(folder: Path) -> Run:
     """Read a results folder. Raises UserError if it holds no run that can be drawn."""
@@ -1977,10 +1936,8 @@ def read_run(folder: Path) -> Run:
             if not set(records["level"]) <= set(mask["level"]):
                 raise ValueError("mask.csv lacks some of its levels")
         unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
-        missing = NEEDED - set(info["constants"])
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
         run = Run(info, records, measure(records), mask)
+        describe_run(run)                                   # needs some constants
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be drawn, with run.json and metrics.csv ({error}).") from None
     if unknown:
