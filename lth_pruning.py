@@ -1349,13 +1349,11 @@ def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tupl
 SIZE = (12, 6.75)                         # inches, 16:9
 BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.795}      # of the axes; names of lines on their right
 GREY = "0.35"                             # of what belongs to no arm
+DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
     "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9", "axes.unicode_minus": False}
-
-
-DENSE = Arm(rewind, "dense network", GREY, "o")           # how figures draw what is not in ARM_TABLE
 
 
 def look(arm: str) -> Arm:
@@ -1402,9 +1400,12 @@ def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
     What ends below the axes gets its value and an arrow.
     """
     names = sorted(ends, key=ends.get)
-    lowest, _ = axes.get_ylim()
-    words = {name: label(run, name) + f", {ends[name]:.1f} ↓" * (ends[name] < lowest) for name in names}
-    words = {name: "\n".join(textwrap.fill(line, 33) for line in text.splitlines()) for name, text in words.items()}
+    words = {}
+    for name in names:
+        text = label(run, name)
+        if ends[name] < axes.get_ylim()[0]:
+            text += f", {ends[name]:.1f} ↓"
+        words[name] = "\n".join(textwrap.fill(line, 33) for line in text.splitlines())
     to_axes = axes.transScale + axes.transLimits
     heights = np.array([to_axes.transform((1, ends[name]))[1] for name in names]).clip(0, 1)
     line = 0.25 / (axes.get_position().height * SIZE[1])                    # height of a line of text, in axes
@@ -1962,6 +1963,7 @@ def redraw(folder: str | Path) -> Run:
             figure.savefig(image, format="png", dpi=150)
             write_atomically(path, image.getvalue())
     return run
+
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
