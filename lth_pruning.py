@@ -1347,7 +1347,7 @@ def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tupl
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 SIZE = (12, 6.75)                         # inches, 16:9
-BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.795}      # of the axes; names of lines on their right
+BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.78}       # of the axes; names of lines on their right
 GREY = "0.35"                             # of what belongs to no arm
 DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
