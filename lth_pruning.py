@@ -1249,9 +1249,7 @@ def label(run: Run, arm: str) -> str:
 def name_weights(run: Run, text: str) -> str:
     """Replace "original" by the step that the run rewinds to, unless that is step 0."""
     step = run.constants["REWIND_STEP"]
-    if step == 0:
-        return text
-    return re.sub("original (weights|values)", rf"\1 of step {step}", text)
+    return text if step == 0 else re.sub("original (weights|values)", rf"\1 of step {step}", text)
 
 
 def plural(run: Run, arm: str) -> str:
@@ -1351,9 +1349,9 @@ BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.78}       # of the
 GREY = "0.35"                             # of what belongs to no arm
 DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
-    "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9", "axes.unicode_minus": False}
+    "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": "0.9", "axes.unicode_minus": False}
 
 
 def look(arm: str) -> Arm:
@@ -1471,27 +1469,25 @@ def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     title = against_dense(run, shown[0], column)
     if column == "final_test_accuracy":
         title = f"after the last step, {title}"
-    second = ""
-    if "transfer" in shown[1:]:
+    if len(shown) == 1:
+        return title
+    if "transfer" in shown:
         second = against_dense(run, "transfer", column)
-    elif set(shown) - set(MAIN_ARMS):
-        beaten, others = controls_beaten(run, level, column)
-        controls = count(len(beaten) + len(others), "control")
-        second = f"with {run.percent[level]}, they beat {len(beaten)} of {controls}"
-    elif "reinit" in shown[1:]:
+    elif set(shown) <= {"rewind", "reinit"}:
         second = against_dense(run, "reinit", column)
-    if second:
-        title += f"; {second.replace(' dense networks', '').replace(' of the weights', '')}"
-    return title
+    else:
+        beaten, others = controls_beaten(run, level, column)
+        second = f"with {run.percent[level]}, they beat {len(beaten)} of {count(len(beaten) + len(others), 'control')}"
+    return f"{title}; {second.replace(' dense networks', '').replace(' of the weights', '')}"
 
 
 def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
     """Draw the accuracies of some arms on the scale of all, but what is far below the tickets leaves the axes."""
     dense = table.loc[table["level"] == 0, column]
     tickets = table.loc[table["arm"] == "rewind", column]
-    high = max(table.loc[table["arm"].isin(MAIN_ARMS), column].max(), means(run, column).max(axis=None))
-    low = min(table.loc[table["arm"].isin(MAIN_ARMS), column].min(), means(run, column).min(axis=None), high - 0.5)
-    low = max(low, high - 4 * max(0.5, high - tickets.min()))
+    scaled = pd.concat([table.loc[table["arm"].isin(MAIN_ARMS), column], means(run, column).stack()])
+    high = scaled.max()
+    low = max(min(scaled.min(), high - 0.5), high - 4 * max(0.5, high - tickets.min()))
     when = "after the last step" if column == "final_test_accuracy" else "at early stop"
     axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
@@ -1606,8 +1602,9 @@ def leads_plot(run: Run) -> Figure | None:
         return None
     levels = levels_near(run, 21.1, 7.0, 3.6)
     beaten, others = controls_beaten(run, levels[0])
-    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {len(run.controls)} controls"
-    if len(others) in (1, 2):
+    controls = count(len(beaten) + len(others), "control")
+    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {controls}"
+    if beaten and len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
     if run.trials < 3:
         title = "Leads of tickets: too few trials to decide"
@@ -1617,7 +1614,7 @@ def leads_plot(run: Run) -> Figure | None:
     leads = accuracies.drop(columns="rewind").rsub(accuracies["rewind"], axis="index").round(4)
     averages = leads.groupby("level").mean().sort_values(levels[0], axis="columns", ascending=False)
     arms = list(averages.columns)
-    limit = 2 * max(0.5, averages.abs().max().nlargest(2).iloc[-1])       # one arm must not squeeze all others
+    limit = 2 * max(0.5, averages.abs().max().nlargest(2).iloc[-1])         # one arm must not squeeze all others
     near = leads.where(leads.groupby("level").transform("mean").abs() <= limit)
     table = near.melt(ignore_index=False, value_name="lead").reset_index()
     density = table["level"].map(run.percent) + " of the weights"
@@ -1685,7 +1682,7 @@ def steps_title(run: Run) -> str:
     """Say which networks the tickets stop sooner than, or give the medians alone."""
     level, = levels_near(run, 21.1)
     steps = by_trial(run, "stop_step").loc[level].fillna(math.inf).median().replace(math.inf, math.nan)
-    others = [arm for arm in ("dense", *run.controls) if arm in ("dense", *MAIN_ARMS)]
+    others = ["dense", *[arm for arm in run.controls if arm in MAIN_ARMS]]
     later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in others
              if compare_steps(run, "rewind", arm, level)[1] == "supported"]
     if later:

@@ -249,7 +249,8 @@ def test_committed_pages_say_what_the_committed_records_say(name):
 
     title = lth.accuracy_title(run, run.arms, "test_accuracy").split(";")[0]
     words = {level: word(differences(networks, "rewind", "dense", level)) for level in set(networks["level"]) - {0}}
-    assert run.percent[max(level for level in words if words[level] in ("ahead", "as good"))] in title
+    matched = [level for level in words if words[level] in ("ahead", "as good")]
+    assert (run.percent[max(matched)] in title) if matched else ("match" not in title or "inconclusive" in title)
     fixed = [level for level in lth.levels_near(run, 13.5, 21.1) if words[level] == "ahead"]
     assert ("beat" in title) == bool(fixed) and (not fixed or f"networks with {run.percent[fixed[-1]]} of" in title)
 
