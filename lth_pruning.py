@@ -1120,7 +1120,7 @@ class Run:
         dense = self.compared[self.compared["arm"] == "dense"]
         pruned = self.compared[self.compared["level"] > 0]
         self.lines = pd.concat([*[dense.assign(arm=arm) for arm in self.arms], pruned], ignore_index=True)
-        self.ranges = "means and ranges of trials" if self.trials > 1 else "one trial"
+        self.ranges = "means and ranges of trials" if self.trials > 1 else "single networks"
         self.intervals = "means and 95 % confidence intervals" if self.trials > 2 else "means without intervals"
 
 
@@ -1487,7 +1487,7 @@ def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str],
     tickets = table.loc[table["arm"] == "rewind", column]
     scaled = pd.concat([table.loc[table["arm"].isin(MAIN_ARMS), column], means(run, column).stack()])
     high = scaled.max()
-    low = max(min(scaled.min(), high - 0.5), high - 4 * max(0.5, high - tickets.min()))
+    low = max(min(scaled.min(), high - 0.5), high - 4 * max(1, high - tickets.min()))
     when = "after the last step" if column == "final_test_accuracy" else "at early stop"
     axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
@@ -1606,9 +1606,11 @@ def leads_plot(run: Run) -> Figure | None:
     title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {controls}"
     if beaten and len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
+    note = f"{run.intervals}; grey: at most {MATCHING_MARGIN} points behind"
     if run.trials < 3:
         title = "Leads of tickets: too few trials to decide"
-    figure, ((axes,),) = new_figure(run, title, run.intervals, left=0.27, right=0.93)
+        note = run.intervals
+    figure, ((axes,),) = new_figure(run, title, note, left=0.27, right=0.93)
 
     accuracies = by_trial(run, "test_accuracy").loc[levels]
     leads = accuracies.drop(columns="rewind").rsub(accuracies["rewind"], axis="index").round(4)

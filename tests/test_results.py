@@ -371,6 +371,12 @@ def test_early_stops_are_medians_and_the_others_are_counted_above():
     medians = steps.groupby(["arm", "level"])["stop_step"].median()
     heights = [list(line.get_ydata()) for line in lower.lines]
     assert list(medians["rewind"]) in heights and [medians["dense", 0]] in heights
+    networks = run.networks.copy()
+    for level, late in ((5, 2), (6, 3)):                    # of six; what is not reached is later than all that is
+        rows = networks.index[(networks["arm"] == "rewind") & (networks["level"] == level)]
+        networks.loc[rows, "stop_step"] = [pd.NA] * late + [100, 200, 300, 400][:6 - late]
+    stops = lth.Run(run.info, run.records, networks).stops.loc["rewind"]
+    assert stops.loc[5].tolist() == [2, 350, 100, 400] and math.isnan(stops.loc[6, "median"])
     above = [text.get_text() for text in strip.texts]       # one dense network, and all re-initialised ones
     assert above == ["1", *["6"] * 16, "re-initialised at random", "dense network"]
     assert title_and_grey(figure)[0] == (f"With {run.percent[7]} of the weights, tickets stop sooner (median step 400) "
