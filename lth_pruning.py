@@ -1367,18 +1367,23 @@ def text_colour(arm: str) -> np.ndarray:
     return rgb
 
 
+def balance(text: str, width: int) -> str:
+    """Break a text into as few lines as possible, none of which is short."""
+    lines = len(textwrap.wrap(text, width, break_on_hyphens=False))
+    width = math.ceil(len(text) / lines)
+    while len(textwrap.wrap(text, width, break_on_hyphens=False)) > lines:
+        width += 1
+    return textwrap.fill(text, width, break_on_hyphens=False)
+
+
 def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
     """Return a figure with a title, a grey line that identifies the run, and a grid of axes in the same place."""
     figure = Figure(figsize=SIZE)                           # apart from pyplot: a notebook's own figures stay
-    title = capitalise(title).replace(" %", "\u00a0%")
-    lines = textwrap.wrap(title, 88, break_on_hyphens=False)
-    width = math.ceil(len(title) / len(lines))              # balanced lines: none of two words
-    while len(textwrap.wrap(title, width, break_on_hyphens=False)) > len(lines):
-        width += 1
-    figure.text(0.012, 0.975, textwrap.fill(title, width, break_on_hyphens=False), size=16, weight="bold", va="top",
-                linespacing=1.2)
-    grey = textwrap.fill(f"{describe_run(run)}. {capitalise(shown)}", 145, break_on_hyphens=False)
-    figure.text(0.012, 0.962 - 0.042 * len(lines), grey, size=11, color="0.4", va="top")
+    title = balance(capitalise(title).replace(" %", "\u00a0%"), 88)
+    grey = balance(f"{describe_run(run)}. {capitalise(shown)}", 145)
+    height = 0.042 * (1 + title.count("\n"))
+    figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
+    figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top")
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
     return figure, axes
 
@@ -1402,8 +1407,8 @@ def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
     for name in names:
         text = label(run, name)
         if ends[name] < axes.get_ylim()[0]:
-            text += f", {ends[name]:.1f} ↓"
-        words[name] = "\n".join(textwrap.fill(line, 33) for line in text.splitlines())
+            text += f", {ends[name]:.1f}\u00a0↓"
+        words[name] = "\n".join(textwrap.fill(line, 35) for line in text.splitlines())
     to_axes = axes.transScale + axes.transLimits
     heights = np.array([to_axes.transform((1, ends[name]))[1] for name in names]).clip(0, 1)
     line = 0.25 / (axes.get_position().height * SIZE[1])                    # height of a line of text, in axes

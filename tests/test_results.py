@@ -358,9 +358,9 @@ def test_what_leaves_the_axes_is_marked_with_an_arrow_and_its_value(sign):
     assert not any(abs(x) > 25 for line in figure.axes[0].lines for x in line.get_xdata())
     upper, lower = lth.comparison_plot(run).axes
     lead = differences(run.networks, "reinit", "dense", 2).mean()
-    assert f"re-initialised at random, {lead:.1f} ↓" in [text.get_text() for text in lower.texts]
+    assert f"re-initialised at random, {lead:.1f}\u00a0↓" in [text.get_text() for text in lower.texts]
     if sign < 0:
-        assert f"original values, permuted, {97.2 - 30:.1f} ↓" in [text.get_text() for text in upper.texts]
+        assert f"original values, permuted, {97.2 - 30:.1f}\u00a0↓" in [text.get_text() for text in upper.texts]
 
 
 def test_early_stops_are_medians_and_the_others_are_counted_above():
