@@ -1083,7 +1083,6 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
 
 MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles speak of these; figures draw them bold, with their spread
-MORE_WEIGHTS = "has more weights"                   # of an arm that is not compared at a level
 NETWORK = ["dataset", "model", "arm", "trial", "level", "weights_remaining"]        # columns that identify a network
 
 
@@ -1098,19 +1097,32 @@ class Run:
     def __post_init__(self) -> None:
         """Derive what most tables and figures need."""
         self.constants = self.info["constants"]
-        self.dense = self.networks.loc[self.networks["arm"] == "dense", "test_accuracy"]            # percent, by trial
+        self.trials = self.networks["trial"].nunique()
         self.arms = [arm for arm in ARM_TABLE if arm in set(self.networks["arm"])]
         self.controls = [arm for arm in self.arms if arm != "rewind"]
         tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
-        self.densities = tickets.groupby("level")["weights_remaining"].first()                      # percent, by level
+        self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
 
         # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
         excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
-        self.compared = self.networks[excess < 1.1]
-        means = self.compared.groupby(["arm", "level"]).mean(numeric_only=True).astype(float).round(6)
-        self.means = means.reindex(pd.MultiIndex.from_product([["dense", *self.arms], self.densities.index],
-                                                              names=["arm", "level"]))
+        self.compared = self.networks[excess < 1.1].astype({"stop_step": float, "catch_up_step": float})
+
+        # Early stops, by arm and level. Their median is missing if half of the trials or more have not reached theirs.
+        steps = self.compared.set_index(["arm", "level"])["stop_step"]
+        groups = steps.groupby(["arm", "level"])
+        medians = steps.fillna(math.inf).groupby(["arm", "level"]).median().replace(math.inf, math.nan)
+        self.stops = pd.DataFrame({"missing": groups.size() - groups.count(), "median": medians,
+                                   "first": groups.min(), "last": groups.max()})
+        tickets = self.stops.query("arm == 'rewind'")["median"]
+        self.stops_reached = bool(tickets.notna().mean() > 0.5)             # most tickets stopped, at most levels
+
+        # What figures draw: each arm's line begins at the dense networks. One trial has no range, two have no interval.
+        dense = self.compared[self.compared["arm"] == "dense"]
+        pruned = self.compared[self.compared["level"] > 0]
+        self.lines = pd.concat([*[dense.assign(arm=arm) for arm in self.arms], pruned], ignore_index=True)
+        self.ranges = "means and ranges of trials" if self.trials > 1 else "single networks"
+        self.intervals = "means and 95 % confidence intervals" if self.trials > 2 else "means without intervals"
 
 
 def measure(records: pd.DataFrame) -> pd.DataFrame:
@@ -1150,10 +1162,15 @@ def levels_near(run: Run, *percents: float) -> list[int]:
 
 def by_trial(run: Run, column: str) -> pd.DataFrame:
     """Pivot a column of networks.csv: a row per level and trial, a column per arm, dense networks at every level."""
-    wide = run.compared.pivot(index=["level", "trial"], columns="arm", values=column).astype(float)
+    wide = run.compared.pivot(index=["level", "trial"], columns="arm", values=column)
     wide = wide.reindex(columns=["dense", *run.arms])
     wide["dense"] = wide["dense"].groupby("trial").transform("max")
     return wide
+
+
+def means(run: Run, column: str) -> pd.DataFrame:
+    """Average a column of networks.csv over the trials: a row per level, a column per arm."""
+    return by_trial(run, column).groupby("level").mean().round(6)
 
 
 def confidence_interval(differences: pd.Series) -> tuple[float, float]:
@@ -1167,39 +1184,38 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
     return differences.mean() - half_width, differences.mean() + half_width
 
 
-def decide(low: float, high: float) -> dict[str, str]:
-    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y and whether it matches y.
+def decide(low: float, high: float, margin: float = 0) -> str:
+    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y or, with a margin, matches y.
 
-    The "word" says both at once, for tables. An interval of nan decides nothing.
+    An interval of nan decides nothing.
     """
-    answers = {"word": "inconclusive", "beats": "inconclusive", "matches": "inconclusive"}
-    if high < 0:
-        answers = {"word": "behind", "beats": "contradicted", "matches": "behind, size open"}
-    if high < -MATCHING_MARGIN:
-        answers["matches"] = "contradicted"
-    if low > -MATCHING_MARGIN:
-        answers |= {"word": "as good", "matches": "supported"}
-    if low > 0:
-        answers |= {"word": "ahead", "beats": "supported"}
-    return answers
+    if low > -margin:
+        return "supported"
+    if high < -margin:
+        return "contradicted"
+    return "behind, size open" if high < 0 else "inconclusive"
 
 
 def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataFrame:
     """Compare two arms at each pruned level, by differences x - y within trials.
 
-    Returns a row per level: mean, low and high of the interval in points, their text, and what `decide` says.
+    Returns a row per level: mean, low and high of the interval in points, their text, what `decide` says, and a word
+    that says both. Levels at which an arm has more weights are left out.
     """
     wide = by_trial(run, column).drop(0)
-    differences = (wide[x] - wide[y]).round(4)              # equal counts of correctly classified images compare equal
+    differences = (wide[x] - wide[y]).round(4).dropna()     # equal counts of correctly classified images compare equal
     rows = {}
     for level, of_level in differences.groupby("level"):
         mean = of_level.mean()
         low, high = confidence_interval(of_level)
         text = f"{round(mean, 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}"       # + 0.0 turns -0.0 into 0.0
-        if math.isnan(mean):
-            text = MORE_WEIGHTS
-        rows[level] = {"mean": mean, "low": low, "high": high, "text": text.removesuffix(" ± nan"), **decide(low, high)}
-    columns = ["mean", "low", "high", "text", "word", "beats", "matches"]
+        beats = decide(low, high)
+        matches = decide(low, high, MATCHING_MARGIN)
+        word = {"supported": "ahead", "contradicted": "behind"}.get(beats, "inconclusive")
+        if matches == "supported" != beats:
+            word = "as good"
+        rows[level] = [mean, low, high, text.removesuffix(" ± nan"), beats, matches, word]
+    columns = ["mean", "low", "high", "text", "beats", "matches", "word"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
@@ -1217,78 +1233,30 @@ def compare_steps(run: Run, x: str, y: str, level: int) -> tuple[str, str]:
     return f"sooner in {(steps[x] < steps[y]).sum()} of {len(steps)}; medians {' and '.join(medians)}", answer
 
 
-def early_stops(run: Run) -> list[pd.DataFrame]:
-    """Return how many early stops were not reached, and median, first and last step; each by level and arm.
-
-    A median is missing if half of the trials or more have not reached theirs.
-    """
-    steps = by_trial(run, "stop_step")
-    missing = steps.isna().groupby("level").sum()
-    medians = steps.fillna(math.inf).groupby("level").median().replace(math.inf, math.nan)
-    return [missing, medians, steps.groupby("level").min(), steps.groupby("level").max()]
-
-
-def early_stops_reached(run: Run) -> bool:
-    """Return whether most tickets stopped before training ended, at most levels."""
-    _, medians, *_ = early_stops(run)
-    return bool(run.arms) and bool(medians["rewind"].drop(0).notna().mean() > 0.5)
-
-
-def beaten_or_not(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
-    """Return the controls that tickets beat at a level, and those that they do not."""
-    rows = {arm: compare(run, "rewind", arm, column).loc[level] for arm in run.controls}
-    beaten = [arm for arm, row in rows.items() if row["beats"] == "supported"]
-    others = [arm for arm, row in rows.items() if row["beats"] != "supported" and row["text"] != MORE_WEIGHTS]
-    return beaten, others
-
-
 # ---- Words of figures and summary ------------------------------------------------------------------------------------
 
 def label(run: Run, arm: str) -> str:
-    """Return an arm's name in figures."""
-    if arm == "dense":
-        return "dense network"
+    """Return an arm's name in figures; anything else names itself."""
+    if arm not in ARM_TABLE:
+        return {"dense": "dense network"}.get(arm, arm)
+    name = ARM_TABLE[arm].label
     if arm == "transfer" and run.info["tickets_from"]["constants"]["DATASET"] != run.constants["DATASET"]:
-        return f"ticket from {spell(run.info['tickets_from']['constants']['DATASET'])}"
+        name = f"ticket from {run.info['tickets_from']['constants']['DATASET']}"
     if ARM_TABLE[arm].late:
-        return name_weights(run, ARM_TABLE[arm].label)
-    return ARM_TABLE[arm].label
+        name = name_weights(run, name)
+    return name.replace("FashionMNIST", "Fashion-MNIST")
 
 
 def name_weights(run: Run, text: str) -> str:
     """Replace "original" by the step that the run rewinds to, unless that is step 0."""
     step = run.constants["REWIND_STEP"]
-    if step > 0:
-        text = text.replace("original weights", f"weights of step {step}")
-        text = text.replace("original values", f"values of step {step}")
-    return text
+    return text if step == 0 else re.sub("original (weights|values)", rf"\1 of step {step}", text)
 
 
 def plural(run: Run, arm: str) -> str:
     """Return what titles and sentences call the networks of the dense and the main arms."""
-    if arm == "transfer":
-        return label(run, arm).replace("ticket", "tickets")
-    return {"dense": "dense networks", "rewind": "tickets", "reinit": "re-initialised networks"}[arm]
-
-
-def spell(dataset: str) -> str:
-    """Return a dataset's name as it is written in English."""
-    return dataset.replace("FashionMNIST", "Fashion-MNIST")
-
-
-def describe_run(run: Run) -> str:
-    """Return the words that identify a run."""
-    constants = run.constants
-    pixels = {"unit_interval": "pixels from 0 to 1", "unit_length": "unit-norm images"}
-    words = [spell(constants["DATASET"]), build_network(constants["MODEL"], 0).name,
-             pixels.get(constants["PIXELS"], "standardised pixels"), count(constants["EPOCHS"], "epoch")]
-    if constants["SCHEDULE"] == "linear":
-        words.append("learning rate falls to zero")
-    if constants["PRUNE_SCOPE"] == "global":
-        words.append("global pruning")
-    if constants["REWIND_STEP"] > 0:
-        words.append(f"rewound to step {constants['REWIND_STEP']}")
-    return ", ".join([*words, count(len(run.dense), "trial")])
+    names = {"dense": "dense networks", "rewind": "tickets", "reinit": "re-initialised networks"}
+    return names.get(arm) or label(run, arm).replace("ticket", "tickets")
 
 
 def count(number: int, noun: str) -> str:
@@ -1306,6 +1274,25 @@ def listing(words: list[str], conjunction: str) -> str:
 def capitalise(text: str) -> str:
     """Return a text with its first letter in upper case."""
     return text[0].upper() + text[1:]
+
+
+def describe_run(run: Run) -> str:
+    """Return the words that identify a run."""
+    constants = run.constants
+    pixels = {"unit_interval": "pixels from 0 to 1", "unit_length": "unit-norm images"}
+    words = [constants["DATASET"].replace("FashionMNIST", "Fashion-MNIST"), build_network(constants["MODEL"], 0).name,
+             pixels.get(constants["PIXELS"], "standardised pixels"), count(constants["EPOCHS"], "epoch")]
+    if constants["SCHEDULE"] == "linear":
+        words.append("learning rate falls to zero")
+    if constants["PRUNE_SCOPE"] == "global":
+        words.append("global pruning")
+    if constants["REWIND_STEP"] > 0:
+        words.append(f"rewound to step {constants['REWIND_STEP']}")
+    words.append(count(run.trials, "trial"))
+    finished = run.densities.index.max()
+    if finished < constants["LEVELS"]:
+        words.append(f"unfinished: levels 0 to {finished} of {constants['LEVELS']}")
+    return ", ".join(words)
 
 
 def contrast(run: Run, values: pd.Series, form: str) -> str:
@@ -1330,18 +1317,16 @@ def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
         return f"it is inconclusive whether {who} match dense networks"
 
     sparsest = run.percent[matches.max()]
-    beats = ""
-    for level in levels_near(run, 13.5, 21.1):              # fixed densities, so that no lucky level is picked
-        if table.loc[level, "beats"] == "supported":
-            beats = run.percent[level]
-    if beats == sparsest:
-        return f"{who} beat dense networks with {beats} of the weights"
     where = f"with as little as {sparsest}"
     if len(matches) < matches.max():                        # not at all denser levels, too
         where = f"at {len(matches)} of {len(table)} levels, the sparsest with {sparsest}"
-    if beats:
-        return f"{who} beat dense networks with {beats} of the weights and match them {where}"
-    return f"{who} match dense networks {where} of the weights"
+    fixed = levels_near(run, 13.5, 21.1)                    # so that no lucky level is picked
+    beaten = [run.percent[level] for level in fixed if table.loc[level, "beats"] == "supported"]
+    if not beaten:
+        return f"{who} match dense networks {where} of the weights"
+    if beaten[-1] == sparsest:
+        return f"{who} beat dense networks with {sparsest} of the weights"
+    return f"{who} beat dense networks with {beaten[-1]} of the weights and match them {where}"
 
 
 def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
@@ -1351,58 +1336,55 @@ def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
     return run.percent.get(last_kept_up + 1, "")
 
 
+def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
+    """Return the controls that the tickets beat at a level, and those that they do not."""
+    answers = pd.Series({arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}).dropna()
+    beaten = answers == "supported"
+    return list(answers.index[beaten]), list(answers.index[~beaten])
+
+
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 SIZE = (12, 6.75)                         # inches, 16:9
-BOX = {"left": 0.085, "right": 0.725, "bottom": 0.1, "top": 0.79}       # of the axes; names of lines on their right
-GREY = "0.35"                             # of the dense networks, and of what belongs to no arm
+BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.78}       # of the axes; names of lines on their right
+GREY = "0.35"                             # of what belongs to no arm
+DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
-    "font.size": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "axes.titlesize": 12, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9"}
+    "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "0.5", "axes.axisbelow": True, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": "0.9", "axes.unicode_minus": False}
 
 
-def colour_of(arm: str) -> str:
-    """Return an arm's colour."""
-    if arm == "dense":
-        return GREY
-    return ARM_TABLE[arm].colour
+def look(arm: str) -> Arm:
+    """Return how an arm is drawn."""
+    return ARM_TABLE.get(arm, DENSE)
 
 
-def text_colour(colour: str) -> np.ndarray:
-    """Return a colour (red, green, blue), darkened until its contrast with white is 4.5 to 1 (WCAG 2)."""
-    rgb = np.array(to_rgb(colour))
-    luminance = 1.0
-    while 1.05 / (luminance + 0.05) < 4.5:
+def text_colour(arm: str) -> np.ndarray:
+    """Return an arm's colour (red, green, blue), darkened until its contrast with white is 4.5 to 1 (WCAG 2)."""
+    rgb = np.array(to_rgb(look(arm).colour))
+    while 1.05 / (sns.utils.relative_luminance(rgb) + 0.05) < 4.5:
         rgb = 0.98 * rgb
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        luminance = linear @ [0.2126, 0.7152, 0.0722]
     return rgb
 
 
-def look(arm: str) -> dict:
-    """Return how an arm's line is drawn in every figure."""
-    colour = colour_of(arm)
-    style = {"color": colour, "marker": "o", "markeredgecolor": colour, "markersize": 4, "linewidth": 1.5, "zorder": 2}
-    if arm != "dense":
-        style["marker"] = ARM_TABLE[arm].marker
-    if arm in MAIN_ARMS:
-        style |= {"markeredgecolor": "white", "markersize": 8, "linewidth": 2.6, "zorder": 3}
-    return style
+def balance(text: str, width: int) -> str:
+    """Break a text into as few lines as possible, none of which is short."""
+    lines = len(textwrap.wrap(text, width, break_on_hyphens=False))
+    width = math.ceil(len(text) / lines)
+    while len(textwrap.wrap(text, width, break_on_hyphens=False)) > lines:
+        width += 1
+    return textwrap.fill(text, width, break_on_hyphens=False)
 
 
 def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
     """Return a figure with a title, a grey line that identifies the run, and a grid of axes in the same place."""
     figure = Figure(figsize=SIZE)                           # apart from pyplot: a notebook's own figures stay
-    title = capitalise(title).replace(" %", "\u00a0%")
-    lines = textwrap.wrap(title, 90, break_on_hyphens=False)
-    shortest = math.ceil(len(title) / len(lines))           # balanced lines: none of two words
-    while len(textwrap.wrap(title, shortest, break_on_hyphens=False)) > len(lines):
-        shortest += 1
-    title = textwrap.fill(title, shortest, break_on_hyphens=False)
-    figure.text(0.012, 0.895, title, size=16, weight="bold", va="bottom", linespacing=1.2)
-    grey = textwrap.fill(f"{describe_run(run)}. {shown}", 145, break_on_hyphens=False)
-    figure.text(0.012, 0.882, grey, size=11, color="0.4", va="top")
+    title = balance(capitalise(title).replace(" %", "\u00a0%"), 88)
+    grey = balance(f"{describe_run(run)}. {capitalise(shown)}", 145)
+    height = 0.042 * (1 + title.count("\n"))
+    figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
+    figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top")
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
     return figure, axes
 
@@ -1416,57 +1398,51 @@ def scale_density(axes: Axes, run: Run) -> None:
     axes.minorticks_off()
 
 
-def name_lines(axes: Axes, names: list[tuple[float, str, str]]) -> None:
-    """Write names, (height of the line's end, words, colour), on the right of axes, pushed apart if they are close."""
-    if not names:
-        return
-    names = sorted(names)
+def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
+    """Write the names of arms, or other words, on the right of axes at the ends of their lines; push them apart.
+
+    What ends below the axes gets its value and an arrow.
+    """
+    names = sorted(ends, key=ends.get)
+    words = {}
+    for name in names:
+        text = label(run, name)
+        if ends[name] < axes.get_ylim()[0]:
+            text += f", {ends[name]:.1f}\u00a0↓"
+        words[name] = "\n".join(textwrap.fill(line, 35) for line in text.splitlines())
     to_axes = axes.transScale + axes.transLimits
-    heights = np.array([to_axes.transform((1, height))[1] for height, _, _ in names]).clip(0, 1)
+    heights = np.array([to_axes.transform((1, ends[name]))[1] for name in names]).clip(0, 1)
     line = 0.25 / (axes.get_position().height * SIZE[1])                    # height of a line of text, in axes
-    sizes = np.array([line * (1 + words.count("\n")) for _, words, _ in names])
+    sizes = np.array([line * (1 + words[name].count("\n")) for name in names])
     gaps = np.cumsum(sizes) - sizes / 2 - line / 2
     places = gaps + isotonic_regression(heights - gaps).x.clip(0, 1 - gaps[-1])         # least squares, in order
-    for (_, words, colour), height, place in zip(names, heights, places, strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(words, (1, height), (BOX["right"] + 0.022, place), "axes fraction",
-                      ("figure fraction", "axes fraction"), color=text_colour(colour), size=12, va="center",
+    for name, height, place in zip(names, heights, places, strict=True):
+        leader = {"arrowstyle": "-", "color": look(name).colour, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(words[name], (1, height), (BOX["right"] + 0.022, place), "axes fraction",
+                      ("figure fraction", "axes fraction"), color=text_colour(name), size=12, va="center",
                       annotation_clip=False, arrowprops=leader)
 
 
-def curves(run: Run) -> pd.DataFrame:
-    """Return the compared networks, dense ones once as the beginning of each arm's line."""
-    dense = run.compared[run.compared["arm"] == "dense"]
-    pruned = run.compared[run.compared["level"] > 0]
-    return pd.concat([*[dense.assign(arm=arm) for arm in run.arms], pruned], ignore_index=True)
+def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **style: Any) -> dict[str, float]:
+    """Draw each arm's mean over the trials, main arms bold and with their spread; return where the lines end.
 
+    Means below the axes are marked by triangles on the lower edge.
+    """
+    arms = table["arm"].unique()
+    bottom, _ = axes.get_ylim()
+    colours = {"x": x, "y": y, "hue": "arm", "palette": {arm: look(arm).colour for arm in arms}, "legend": False}
+    lines = colours | {"style": "arm", "dashes": {arm: (3, 1.5) if arm == "dense" else "" for arm in arms}}
+    lines |= {"markers": {arm: look(arm).marker for arm in arms}, "markeredgewidth": 0.6}
+    main = table["arm"].isin(["dense", *MAIN_ARMS])
+    for rows, spread, width, size in ((table[~main], None, 1.3, 6), (table[main], errorbar, 2.6, 8)):
+        if len(rows):
+            sns.lineplot(rows, errorbar=spread, ax=axes, **lines | {"linewidth": width, "markersize": size} | style)
 
-def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any) -> None:
-    """Draw each arm's mean over the trials; of dense networks and main arms a range as a band, an interval as bars."""
-    for arm in table["arm"].unique():
-        style = look(arm)
-        if x == "step":
-            style["marker"] = ""
-        if arm == "dense":
-            style["linestyle"] = "--"
-        spread = errorbar
-        if arm not in ("dense", *MAIN_ARMS):
-            spread = None
-        if errorbar is confidence_interval:
-            style |= {"err_style": "bars", "err_kws": {"elinewidth": 1.5}, "markersize": 6}
-        sns.lineplot(table[table["arm"] == arm], x=x, y=y, errorbar=spread, ax=axes, **style)
-
-
-def end_names(axes: Axes, run: Run, table: pd.DataFrame, y: str) -> list[tuple[float, str, str]]:
-    """Return names of arms for `name_lines`; what ends below the axes gets its value and an arrow."""
-    names = []
-    for arm, rows in table.groupby("arm", sort=False):
-        end = rows.loc[rows["level"] == rows["level"].max(), y].mean()
-        words = label(run, arm)
-        if end < axes.get_ylim()[0]:
-            words += f", {end:.1f} ↓"
-        names.append((end, words, colour_of(arm)))
-    return names
+    averages = table.groupby(["arm", "level", x], as_index=False)[y].mean()
+    below = averages[averages[y] < bottom].assign(**{y: bottom})
+    if len(below):
+        sns.scatterplot(below, marker="v", s=50, clip_on=False, zorder=3, ax=axes, **colours)
+    return averages.groupby("arm")[y].last().to_dict()
 
 
 def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> Figure | None:
@@ -1476,11 +1452,15 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
     """
     if not run.arms or not set(shown) <= set(run.arms):
         return None
-    note = "Above: means and ranges of trials; below: means and 95 % intervals"
-    figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.08)
-    table = curves(run)
+    note = f"above: {run.ranges}; below: {run.intervals}"
+    figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.1)
+    table = run.lines
+    dense = table[table["level"] == 0].groupby("trial")[column].first()
+    table = table.assign(lead=(table[column] - table["trial"].map(dense)).round(4))
     draw_accuracies(axes[0, 0], run, table, shown, column)
-    draw_leads(axes[1, 0], run, table, shown, column)
+    draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], shown, column)
+    for panel, start in zip(axes[:, 0], (dense.mean(), 0), strict=True):
+        panel.plot(100, start, "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
     scale_density(axes[1, 0], run)
     figure.align_ylabels()
     return figure
@@ -1489,68 +1469,59 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
 def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     """Say what came out of the arms shown."""
     level, = levels_near(run, 21.1)
-    if len(run.dense) < 3:
-        means = by_trial(run, column).loc[level].mean().round(6)
-        return f"Test accuracy of {contrast(run, means[['dense', *shown]], '{:.2f} %')} (too few trials to decide)"
+    if run.trials < 3:
+        values = means(run, column).loc[level, ["dense", *shown]]
+        return f"Test accuracy of {contrast(run, values, '{:.2f} %')} (too few trials to decide)"
     title = against_dense(run, shown[0], column)
     if column == "final_test_accuracy":
         title = f"after the last step, {title}"
-    second = ""
-    if "transfer" in shown[1:]:
+    if len(shown) == 1:
+        return title
+    if "transfer" in shown:
         second = against_dense(run, "transfer", column)
-    elif set(shown) - set(MAIN_ARMS):
-        second = f"with {run.percent[level]}, they beat {controls_beaten(run, level, column)}"
-    elif "reinit" in shown[1:]:
+    elif set(shown) <= {"rewind", "reinit"}:
         second = against_dense(run, "reinit", column)
-    if second:
-        title += f"; {second.replace(' dense networks', '').replace(' of the weights', '')}"
-    return title
-
-
-def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> str:
-    """Say how many controls the tickets beat at a level."""
-    beaten, others = beaten_or_not(run, level, column)
-    if not others:
-        return "every control"
-    return f"{len(beaten)} of {count(len(beaten) + len(others), 'control')}"
+    else:
+        beaten, others = controls_beaten(run, level, column)
+        second = f"with {run.percent[level]}, they beat {len(beaten)} of {count(len(beaten) + len(others), 'control')}"
+    return f"{title}; {second.replace(' dense networks', '').replace(' of the weights', '')}"
 
 
 def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
-    """Draw the accuracies of some arms on the scale of all."""
-    dense = run.compared.loc[run.compared["arm"] == "dense", column]
-    main = table.loc[table["arm"].isin(MAIN_ARMS), column]
-    high = max(main.max(), run.means[column].max())
-    low = min(main.min(), run.means[column].min(), high - 0.5)
-    low = max(low, high - 2 * max(0.5, high - main.min()))  # controls far below the main arms leave the axes
-    axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    """Draw the accuracies of some arms on the scale of all, but what is far below the tickets leaves the axes."""
+    dense = table.loc[table["level"] == 0, column]
+    tickets = table.loc[table["arm"] == "rewind", column]
+    scaled = pd.concat([table.loc[table["arm"].isin(MAIN_ARMS), column], means(run, column).stack()])
+    high = scaled.max()
+    low = max(min(scaled.min(), high - 0.5), high - 4 * max(1, high - tickets.min()))
+    when = "after the last step" if column == "final_test_accuracy" else "at early stop"
+    axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
     axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.12, linewidth=0)
     axes.axhline(dense.mean(), color=GREY, linestyle="--")
     drawn = table[table["arm"].isin(shown)]
-    draw_arms(axes, drawn, "weights_remaining", column, ("pi", 100))
-    when = "after the last step" if column == "final_test_accuracy" else "at early stop"
-    axes.set_ylabel(f"test accuracy {when} (%)")
-    dense_name = (dense.mean(), f"dense network, {dense.mean().round(6):.2f} %", GREY)
-    name_lines(axes, [dense_name, *end_names(axes, run, drawn, column)])
+    ends = draw_arms(axes, drawn, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
+    name_lines(axes, run, {f"dense network, {dense.mean().round(6):.2f} %": dense.mean()} | ends)
 
 
 def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
     """Draw the main arms' leads over the dense networks, and the bounds that decide."""
-    dense = run.compared[run.compared["arm"] == "dense"].set_index("trial")[column]
-    main = table[table["arm"].isin(MAIN_ARMS)]
-    main = main.assign(lead=(main[column] - main["trial"].map(dense)).round(4))
-    highest = max(compare(run, arm, "dense", column)[["mean", "high"]].max(axis=None) for arm in main["arm"].unique())
-    axes.set(ylim=(-1.05, min(2.5, max(0.5, 1.1 * highest))), ylabel="lead (points)")
+    leads = pd.concat([compare(run, arm, "dense", column) for arm in table["arm"].unique()])
+    top = max(0.5, 1.1 * leads["mean"].max(), min(2.5, 1.1 * np.nan_to_num(leads["high"].max())))
+    axes.set(ylim=(-1.05, top), ylabel="lead (points)")
     axes.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
 
-    axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--")
-    drawn = main[main["arm"].isin(shown)]
-    draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval)
-    names = [(0, "interval above 0: better", GREY),
-             (-MATCHING_MARGIN, f"interval above -{MATCHING_MARGIN}: as good", GREY)]
-    names += [name for name in end_names(axes, run, drawn, "lead") if name[0] < -1.05]
-    name_lines(axes, names)
+    names = {"dense network": 0}
+    if run.trials > 2:                                      # fewer trials have no interval
+        axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
+        names = {"lower end above 0: better": 0, f"lower end above -{MATCHING_MARGIN}: as good": -MATCHING_MARGIN}
+    drawn = table[table["arm"].isin(shown)]
+    if len(drawn):
+        ends = draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval, markevery=slice(-1),
+                         markersize=6, err_style="bars", err_kws={"elinewidth": 1.5})
+        names |= {arm: end for arm, end in ends.items() if end < -1.05}
+    name_lines(axes, run, names)
 
 
 def comparison_plot(run: Run) -> Figure | None:
@@ -1570,7 +1541,7 @@ def accuracy_plot_reinit(run: Run) -> Figure | None:
 
 def final_accuracy_plot(run: Run) -> Figure | None:
     """Draw the comparison after the last step, as in the paper's figure 4, if networks stopped early before it."""
-    if not early_stops_reached(run):
+    if not run.stops_reached:
         return None
     return accuracy_plot(run, run.arms, "final_test_accuracy")
 
@@ -1580,27 +1551,20 @@ def supermask_plot(run: Run) -> Figure | None:
     if not run.arms:
         return None
     column = "untrained_test_accuracy"
-    table = curves(run)
-    table = table[table["arm"] != "finetune"]               # it has been trained
+    averages = means(run, column)
+    when = "without any training" if run.constants["REWIND_STEP"] == 0 else "where training starts"
     level, = levels_near(run, 21.1)
-    step = run.constants["REWIND_STEP"]
-    start = "Without any training" if step == 0 else f"At step {step}, where training starts"
-    weights = name_weights(run, "original weights")
-    title = (f"{start}, {run.percent[level]} of the {weights} reach {run.means.loc[('rewind', level), column]:.0f} % "
-             "test accuracy under the ticket's mask")
-    if "reinit" in run.arms:
-        title += f", new weights {run.means.loc[('reinit', level), column]:.0f} %"
-    figure, ((axes,),) = new_figure(run, title, "Means, and ranges of trials")
+    title = f"Test accuracy {when}: {contrast(run, averages.loc[level], '{:.0f} %')}"
+    figure, ((axes,),) = new_figure(run, title, run.ranges)
 
-    axes.set(ylim=(0, 100))
+    axes.set(ylim=(0, 100), ylabel="test accuracy before training (%)")
     axes.axhline(10, color=GREY, linestyle=":")
-    draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
-    best = run.means[column].groupby("arm").max()
-    names = end_names(axes, run, table[table["arm"].map(best) >= 20], column)
-    guessing = [label(run, arm) for arm in run.arms if arm in set(table["arm"]) and best[arm] < 20]
-    words = ":\n".join(["chance, 10 %", *guessing[:1]])
-    name_lines(axes, [*names, (10, ",\n".join([words, *guessing[1:]]), GREY)])
-    axes.set_ylabel("test accuracy before training (%)")
+    table = run.lines[run.lines["arm"] != "finetune"]       # it has been trained
+    ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
+    guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
+    names = ",\n".join([label(run, arm) for arm in guessing])
+    chance = f"chance, 10 %:\n{names}" if guessing else "chance, 10 %"
+    name_lines(axes, run, {chance: 10} | {arm: end for arm, end in ends.items() if arm not in guessing})
     scale_density(axes, run)
     return figure
 
@@ -1610,14 +1574,14 @@ def learning_curves(run: Run) -> Figure:
     levels = levels_near(run, 51.3, 21.1, 7.0, 3.6)
     records = run.records[run.records["train_loss"].notna()]
     records = records.assign(error=100 - records["test_accuracy"])
-    note = "Means, and ranges of trials"
+    note = run.ranges
     if len(run.arms) > 4:                                   # too many for small panels
         records = records[records["arm"].isin(["dense", *MAIN_ARMS])]
         note += "; other controls are not shown"
-    level, = levels_near(run, 21.1)
-    means = records[records["level"].isin([0, level])].pivot_table(index="step", columns="arm", values="error").dropna()
-    step = min(means.index, key=lambda step: abs(step - 100))
-    title = f"Test error after {step} steps: {contrast(run, means.loc[step], '{:.1f} %')}"
+    fifth = records[records["level"].isin([0, *levels_near(run, 21.1)])]
+    averages = fifth.pivot_table("error", "step", "arm").dropna()
+    step = min(averages.index, key=lambda step: abs(step - 100))
+    title = f"Test error after {step} steps: {contrast(run, averages.loc[step], '{:.1f} %')}"
     figure, axes = new_figure(run, title, note, 1, len(levels), wspace=0.08)
     steps = [step for step in (100, 1000, 10_000, 100_000) if step <= records["step"].max()]
     if len(steps) < 3:
@@ -1625,16 +1589,16 @@ def learning_curves(run: Run) -> Figure:
     errors = [error for error in (90, 50, 20, 10, 5, 2, 1) if error > 0.8 * records["error"].min()]
 
     for panel, level in zip(axes[0], levels, strict=True):
-        draw_arms(panel, records[records["level"].isin([0, level])], "step", "error", ("pi", 100))
+        drawn = records[records["level"].isin([0, level])]
+        panel.set(xscale="log", yscale="log")
+        draw_arms(panel, drawn, "step", "error", ("pi", 100), markers=False)
         panel.axvline(step, color="0.8", zorder=0)          # the title speaks of this step
-        panel.set(xscale="log", yscale="log", xlabel="training step", ylabel="test error (%)",
-                  title=f"{run.percent[level]} of weights")
+        panel.set(xlabel="training step", ylabel="test error (%)", title=f"{run.percent[level]} of weights")
         panel.set_xticks(steps, [f"{step:,}".replace(",000", "k") for step in steps])
         panel.set_yticks(errors, errors)
         panel.minorticks_off()
         panel.label_outer()
-    final = records[(records["step"] == records["step"].max()) & records["level"].isin([0, levels[-1]])]
-    name_lines(axes[0, -1], end_names(axes[0, -1], run, final, "error"))
+    name_lines(axes[0, -1], run, drawn[drawn["step"] == drawn["step"].max()].groupby("arm")["error"].mean().to_dict())
     return figure
 
 
@@ -1643,85 +1607,96 @@ def leads_plot(run: Run) -> Figure | None:
     if len(run.controls) < 2:
         return None
     levels = levels_near(run, 21.1, 7.0, 3.6)
-    leads = {arm: compare(run, "rewind", arm).loc[levels] for arm in ("dense", *run.controls)}
-    means = pd.DataFrame({arm: table["mean"] for arm, table in leads.items()})
-    arms = list(means.iloc[0].sort_values().index)          # the largest lead at the top
-    largest, second = means.stack().nlargest(2)
-    limit = math.inf
-    if largest > 1.8 * second > 0:                          # would squeeze all others
-        limit = 1.2 * second
-    beaten, others = beaten_or_not(run, levels[0])
-    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {controls_beaten(run, levels[0])}"
+    beaten, others = controls_beaten(run, levels[0])
+    controls = count(len(beaten) + len(others), "control")
+    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {controls}"
     if beaten and len(others) in (1, 2):
-        title += f", but not {listing([f'“{label(run, arm)}”' for arm in others], 'or')}"
-    if len(run.dense) < 3:
+        title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
+    note = f"{run.intervals}; grey: at most {MATCHING_MARGIN} points behind"
+    if run.trials < 3:
         title = "Leads of tickets: too few trials to decide"
-    figure, ((axes,),) = new_figure(run, title, "Means and 95 % confidence intervals", left=0.27, right=0.93)
+        note = run.intervals
+    figure, ((axes,),) = new_figure(run, title, note, left=0.27, right=0.93)
 
-    axes.axvspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
-    axes.axvline(0, color=GREY, linestyle="--")
-    for n, level in enumerate(levels):
-        share = (n + 3) / (len(levels) + 2)                 # of the arm's colour: the sparser, the stronger
-        axes.plot([], [], "o", color=str(1 - share), label=f"{run.percent[level]} of the weights")
-        for row, arm in enumerate(arms):
-            mean, low, high = leads[arm].loc[level, ["mean", "low", "high"]]
-            place = row + 0.25 * (1 - n)
-            colour = share * np.array(to_rgb(colour_of(arm))) + 1 - share
-            if mean > limit:
-                axes.text(limit, place, f" {mean:.1f} →", va="center", size=12)
-            else:
-                axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color=colour, marker="o", elinewidth=2)
-    if limit < math.inf:
-        axes.set_xlim(right=limit)
+    accuracies = by_trial(run, "test_accuracy").loc[levels]
+    leads = accuracies.drop(columns="rewind").rsub(accuracies["rewind"], axis="index").round(4)
+    averages = leads.groupby("level").mean().sort_values(levels[0], axis="columns", ascending=False)
+    arms = list(averages.columns)
+    limit = 2 * max(0.5, averages.abs().max().nlargest(2).iloc[-1])         # one arm must not squeeze all others
+    near = leads.where(leads.groupby("level").transform("mean").abs() <= limit)
+    table = near.melt(ignore_index=False, value_name="lead").reset_index()
+    density = table["level"].map(run.percent) + " of the weights"
+    shades = sns.light_palette(ARM_TABLE["rewind"].colour, 4)[-len(levels):]
+    sns.pointplot(table, x="lead", y="arm", hue=density, order=arms, dodge=0.25 * (len(levels) - 1), palette=shades,
+                  errorbar=confidence_interval, linestyle="none", markersize=7, err_kws={"linewidth": 2}, ax=axes)
+    for (level, arm), lead in averages.stack().items():
+        place = arms.index(arm) + 0.25 * (levels.index(level) - (len(levels) - 1) / 2)
+        if lead > limit:
+            axes.text(1, place, f" {lead:.1f} →", size=11, transform=axes.get_yaxis_transform(), va="center")
+        if lead < -limit:
+            axes.text(0, place, f" ← {lead:.1f}", size=11, transform=axes.get_yaxis_transform(), va="center")
+
+    if run.trials > 2:                                      # fewer trials have no interval
+        axes.axvspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
+    axes.axvline(0, color=GREY, linestyle="--", zorder=0)
     axes.set_yticks(range(len(arms)), [label(run, arm) for arm in arms])
     for text, arm in zip(axes.get_yticklabels(), arms, strict=True):
-        text.set_color(text_colour(colour_of(arm)))
-    axes.set_xlabel("lead of the tickets in test accuracy (points)")
-    axes.grid(visible=False, axis="y")
+        text.set_color(text_colour(arm))
+    axes.set(xlabel="lead of the tickets in test accuracy (points)", ylabel="")
     axes.grid(axis="x")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, frameon=False)
+    sns.move_legend(axes, "lower right", bbox_to_anchor=(1, 0.98), ncols=3, title=None, frameon=False)
     return figure
 
 
 def early_stopping_plot(run: Run) -> Figure | None:
     """Draw early-stopping steps, medians and ranges, and in a strip above how many trials have not reached theirs."""
-    if not early_stops_reached(run):
+    if not run.stops_reached:
         return None
-    missing, medians, shortest, longest = early_stops(run)
-    level, = levels_near(run, 21.1)
-    title = f"Median early-stopping step: {contrast(run, medians.loc[level], '{:,.0f}')}"
-    note = "Medians and ranges of the trials that stopped before training ended"
-    figure, axes = new_figure(run, title, note, 2, height_ratios=(len(run.arms) + 1, 16), hspace=0.05)
+    table = run.stops
+    late = [arm for arm in ("dense", *run.arms) if table.loc[arm, "missing"].any()]
+    note = f"medians and ranges; above: how many of the {run.trials} trials did not stop early"
+    figure, axes = new_figure(run, steps_title(run), note, 2, height_ratios=(len(late) + 1, 16), hspace=0.05)
     strip, lower = axes[:, 0]
-    strip.set(ylim=(-len(run.arms) + 0.4, 0.6), yticks=[])
+    strip.set(ylim=(0.4 - max(1, len(late)), 0.6), yticks=[])
     strip.set_ylabel("not\nreached", rotation=0, ha="right", va="center")
     strip.tick_params(axis="x", length=0)
     lower.set(ylim=(0, run.records["step"].max()), ylabel="early-stopping step")
     lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.axhline(table.loc[("dense", 0), "median"], color=GREY, linestyle="--")
 
-    dense = medians.loc[0, "dense"]
-    lower.axhline(dense, color=GREY, linestyle="--")
-    lower.errorbar(100, dense, [[dense - shortest.loc[0, "dense"]], [longest.loc[0, "dense"] - dense]], **look("dense"))
-    names_above = []
-    names = [(dense, "dense network", GREY)]
-    for row, arm in enumerate(run.arms):
-        levels = run.densities.index[1:]
-        x = run.densities[levels] * 1.15 ** (0.5 - (row + 0.5) / len(run.arms))         # side by side
-        middle = medians.loc[levels, arm]
-        spread = [middle - shortest.loc[levels, arm], longest.loc[levels, arm] - middle]
-        lower.errorbar(x, middle, spread, elinewidth=1.2, **look(arm))
-        if middle.notna().iloc[-1]:
-            names.append((middle.iloc[-1], label(run, arm), colour_of(arm)))
-        absent = missing.loc[levels, arm]
-        for level in absent.index[absent > 0]:
-            strip.text(x[level], -row, absent[level], color=text_colour(colour_of(arm)), size=11, ha="center",
-                       va="center")
-        if absent.any():
-            names_above.append((-row, label(run, arm), colour_of(arm)))
-    name_lines(lower, names)
-    name_lines(strip, names_above)
+    ends = {}
+    for n, arm in enumerate(["dense", *run.arms]):
+        stops = table.loc[arm]
+        x = run.densities[stops.index]
+        if arm != "dense":
+            x = x * 1.15 ** (0.5 - (n - 0.5) / len(run.arms))               # side by side
+        size, width = (8, 2.6) if arm in MAIN_ARMS else (6, 1.3)
+        lower.errorbar(x, stops["median"], [stops["median"] - stops["first"], stops["last"] - stops["median"]],
+                       color=look(arm).colour, marker=look(arm).marker, markeredgecolor="white", markersize=size,
+                       linewidth=width, elinewidth=1.2)
+        if stops["median"].notna().iloc[-1]:
+            ends[arm] = stops["median"].iloc[-1]
+        for level in stops.index[stops["missing"] > 0]:
+            strip.text(x[level], -late.index(arm), stops.loc[level, "missing"], color=text_colour(arm), size=11,
+                       ha="center", va="center")
+    name_lines(lower, run, ends)
+    if late:
+        name_lines(strip, run, {arm: -row for row, arm in enumerate(late)})
     scale_density(lower, run)
     return figure
+
+
+def steps_title(run: Run) -> str:
+    """Say which networks the tickets stop sooner than, or give the medians alone."""
+    level, = levels_near(run, 21.1)
+    steps = by_trial(run, "stop_step").loc[level].fillna(math.inf).median().replace(math.inf, math.nan)
+    others = ["dense", *[arm for arm in run.controls if arm in MAIN_ARMS]]
+    later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in others
+             if compare_steps(run, "rewind", arm, level)[1] == "supported"]
+    if later:
+        return (f"With {run.percent[level]} of the weights, tickets stop sooner (median step {steps['rewind']:,.0f}) "
+                f"than {listing(later, 'and')}")
+    return f"Median early-stopping step: {contrast(run, steps, '{:,.0f}')}"
 
 
 def mask_plot(run: Run) -> Figure | None:
@@ -1786,50 +1761,40 @@ PAPER_CLAIMS = (
 
 def verdict(run: Run) -> list[str]:
     """Say in plain sentences what came out."""
-    dense = run.dense
+    dense = by_trial(run, "test_accuracy").loc[0, "dense"]
     sentences = [f"Dense networks reach {dense.mean().round(6):.2f} % test accuracy at early stop (mean of "
-                 f"{count(len(dense), 'trial')}; range {dense.min():.2f} to {dense.max():.2f})."]
-    if len(dense) < 3:
+                 f"{count(run.trials, 'trial')}; range {dense.min():.2f} to {dense.max():.2f})."]
+    if run.trials < 3:
         sentences.append("At least three trials are needed for any conclusion.")
     if not run.arms:
         return sentences
 
     main = [arm for arm in MAIN_ARMS if arm in run.arms]
-    if len(dense) >= 3:
-        for arm in main:
-            sentence = against_dense(run, arm)
-            if arm == "rewind" and behind_from(run, arm) and "behind" not in sentence:
-                sentence += f"; they fall behind at {behind_from(run, arm)} and sparser"
-            sentences.append(f"{capitalise(sentence)}.")
     level, = levels_near(run, 21.1)
-    given = f"with {run.percent[level]} of the weights"
+    given = f"With {run.percent[level]} of the weights, tickets"
     leads = [lead_in_words(run, arm, level) for arm in ("dense", *main[1:])]
-    sentences.append(f"{capitalise(given)}, tickets {'; they '.join(leads)}.")
-    if len(dense) >= 3 and set(run.controls) - set(MAIN_ARMS):
-        sentences.append(f"{capitalise(given)}, tickets {beaten_in_words(run, level)}.")
-    untrained = by_trial(run, "untrained_test_accuracy").loc[level].mean().round(6)
-    sentences.append(f"Test accuracy before training: {contrast(run, untrained, '{:.2f} %')}.")
-    return sentences
+    if run.trials >= 3:
+        sentences += [f"{capitalise(against_dense(run, arm))}." for arm in main]
+        behind = behind_from(run, "rewind")
+        if behind and behind not in sentences[1]:
+            sentences[1] = f"{sentences[1][:-1]}; they fall behind at {behind} and sparser."
+    sentences.append(f"{given} {'; they '.join(leads)}.")
+    if run.trials >= 3 and set(run.controls) - set(MAIN_ARMS):
+        beaten, others = controls_beaten(run, level)
+        sentence = f"{given} beat {listing(beaten, 'and') or 'no control'}"
+        if beaten and others:
+            sentence += f", but not {listing(others, 'or')}"
+        sentences.append(f"{sentence}.")
+    untrained = contrast(run, means(run, "untrained_test_accuracy").loc[level], "{:.2f} %")
+    return [*sentences, f"Test accuracy before training: {untrained}."]
 
 
 def lead_in_words(run: Run, arm: str, level: int) -> str:
     """Say how the tickets compare with an arm at a level."""
-    row = compare(run, "rewind", arm).loc[level]
-    size = row["text"].lstrip("+-")
-    if row["word"] == "ahead":
-        return f"beat {plural(run, arm)} by {size} points"
-    if row["word"] == "behind":
-        return f"trail {plural(run, arm)} by {size} points"
-    return f"differ from {plural(run, arm)} by {row['text']} points ({row['word']})"
-
-
-def beaten_in_words(run: Run, level: int) -> str:
-    """Say which controls the tickets beat at a level."""
-    beaten, others = beaten_or_not(run, level)
-    text = f"beat {listing(beaten, 'and') or 'no control'}"
-    if beaten and others:
-        text += f", but not {listing(others, 'or')}"
-    return text
+    _, _, _, text, _, _, word = compare(run, "rewind", arm).loc[level]
+    if word in ("ahead", "behind"):
+        return f"{'beat' if word == 'ahead' else 'trail'} {plural(run, arm)} by {text.lstrip('+-')} points"
+    return f"differ from {plural(run, arm)} by {text} points ({word})"
 
 
 def why_untested(run: Run, claim: Claim) -> str:
@@ -1841,7 +1806,7 @@ def why_untested(run: Run, claim: Claim) -> str:
     if abs(math.log(run.densities[level] / claim.percent)) > math.log(1.25):
         return f"no level is near {claim.percent} % of the weights"
     if claim.relation == "stops before":
-        if len(run.dense) < 6:
+        if run.trials < 6:
             return "at least six trials are needed to decide about steps"
         if by_trial(run, "stop_step").loc[level, [claim.x, claim.y]].isna().mean().min() > 0.5:
             return "most networks were still improving when training ended"
@@ -1853,27 +1818,26 @@ def judge(run: Run, claim: Claim) -> tuple[str, str]:
     level, = levels_near(run, claim.percent)
     if claim.relation == "stops before":
         return compare_steps(run, claim.x, claim.y, level)
-    row = compare(run, claim.x, claim.y, claim.column).loc[level]
-    return row["text"], row[claim.relation]
+    table = compare(run, claim.x, claim.y, claim.column)
+    if level not in table.index:
+        return "has more weights", ""
+    return table.loc[level, "text"], table.loc[level, claim.relation]
 
 
 def claims_section(run: Run) -> str:
     """Return the table of the paper's claims, and the reasons why some were not tested; nothing for other networks."""
     if (run.constants["DATASET"], run.constants["MODEL"]) != ("MNIST", "mlp"):
         return ""
+    untested = {claim: why_untested(run, claim) for claim in PAPER_CLAIMS}
     rows = []
-    untested = ""
     for claim in PAPER_CLAIMS:
-        reason = why_untested(run, claim)
-        if reason:
-            untested += f"- {claim.text}: {reason}.\n"
-            continue
-        level, = levels_near(run, claim.percent)
-        rows.append([claim.text, run.percent[level], claim.published, *judge(run, claim)])
-    text = "## The paper's claims\n\n"
-    text += markdown(pd.DataFrame(rows, columns=["claim", "weights remaining", "the paper", "here", "answer"]))
-    if untested:
-        text += f"Not tested in this run:\n\n{untested}\n"
+        if not untested[claim]:
+            level, = levels_near(run, claim.percent)
+            rows.append([claim.text, run.percent[level], claim.published, *judge(run, claim)])
+    text = "## The paper's claims\n\n" + markdown(["claim", "weights remaining", "the paper", "here", "answer"], rows)
+    reasons = [f"- {claim.text}: {reason}.\n" for claim, reason in untested.items() if reason]
+    if reasons:
+        text += f"Not tested in this run:\n\n{''.join(reasons)}\n"
     return text
 
 
@@ -1883,42 +1847,36 @@ def controls_section(run: Run) -> str:
     levels = levels_near(run, 21.1, 7.0, 3.6)
     for arm in run.controls:
         x, relation, y = [arm if word == "arm" else word for word in ARM_TABLE[arm].claim.split()]
-        cells = []
+        row = [name_weights(run, ARM_TABLE[arm].question), f"{x} - {y}"]
         for level in levels:
             number, answer = judge(run, Claim("", x, relation, y, run.densities[level]))
             answer = {"supported": "yes", "contradicted": "no"}.get(answer, answer)
-            cells.append(f"{number}: {answer}" if number != MORE_WEIGHTS else number)
-        rows.append([name_weights(run, ARM_TABLE[arm].question), f"{x} - {y}", *cells])
-    headings = [f"at {run.percent[level]}" for level in levels]
-    return "## Controls\n\n" + markdown(pd.DataFrame(rows, columns=["question", "difference", *headings]))
+            row.append(f"{number}: {answer}".removesuffix(": "))
+        rows.append(row)
+    return "## Controls\n\n" + markdown(["question", "difference", *[f"at {run.percent[n]}" for n in levels]], rows)
 
 
 def level_table(run: Run, arms: list[str]) -> str:
     """Return a table of some arms with a row per level; the main arms are compared with dense networks, too."""
     table = pd.DataFrame({"weights remaining": run.percent.drop(0)})
     for arm in arms:
-        table[f"{arm}, %"] = run.means.loc[arm, "test_accuracy"].map("{:.2f}".format).replace("nan", "")
-        pairs = []
-        if arm in MAIN_ARMS:
-            pairs.append((arm, "dense"))
+        table[f"{arm}, %"] = means(run, "test_accuracy")[arm].dropna().map("{:.2f}".format)
+        pairs = [(arm, "dense")] if arm in MAIN_ARMS else []
         if arm != "rewind":
             pairs.append(("rewind", arm))
         for x, y in pairs:
             compared = compare(run, x, y)
-            words = compared["text"] + ", " + compared["word"]
-            table[f"{x} - {y}"] = words.where(compared["text"] != MORE_WEIGHTS, MORE_WEIGHTS)
-        if early_stops_reached(run):
-            _, medians, *_ = early_stops(run)
-            table[f"{arm}, step"] = medians[arm].drop(0).map("{:,.0f}".format).replace("nan", "not reached")
+            table[f"{x} - {y}"] = compared["text"] + ", " + compared["word"]
+        if run.stops_reached:
+            table[f"{arm}, step"] = run.stops.loc[arm, "median"].map("{:,.0f}".format)
     if "rewind" in arms:
-        untrained = run.means.loc["rewind", "untrained_test_accuracy"]
-        table["rewind, untrained, %"] = untrained.map("{:.2f}".format)
-    return markdown(table)
+        table["rewind, untrained, %"] = means(run, "untrained_test_accuracy")["rewind"].map("{:.2f}".format)
+    return markdown(table.columns, table.fillna("has more weights").replace("nan", "not reached").to_numpy())
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table of strings as Markdown, without its index."""
-    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table of strings as Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
 
 
@@ -1952,9 +1910,6 @@ HOW_TO_READ = f"""## How to read this page
 def summary(run: Run) -> str:
     """Return summary.md: verdict, picture, claims, controls, a row per level, how to read it, constants, versions."""
     text = f"# {describe_run(run)}: {', '.join(run.arms) or 'dense'}\n\n"
-    finished = run.densities.index.max()
-    if finished < run.constants["LEVELS"]:
-        text += f"**Unfinished: levels 0 to {finished} of {run.constants['LEVELS']}.**\n\n"
     text += "\n".join(f"- {sentence}" for sentence in verdict(run)) + "\n\n"
     if run.arms:
         text += "![Test accuracy versus weights remaining](comparison_plot.png)\n\n"
@@ -1967,14 +1922,14 @@ def summary(run: Run) -> str:
         if others:
             text += f"<details>\n<summary>Other controls</summary>\n\n{level_table(run, others)}</details>\n\n"
         text += name_weights(run, HOW_TO_READ)
-    text += f"## Constants and versions\n\n```\n{json.dumps(run.info, indent=1)}\n```\n\n"
-    return text + "Code version: sha256 of the code that determines the numbers, comments aside.\n"
+    values = pd.json_normalize(run.info).to_dict("records")[0]
+    names = sorted(values, key=lambda name: (not name.startswith("constants."), not name.startswith("versions.")))
+    lines = [f"{re.sub('^(constants|versions)[.]', '', name)} = {values[name]!r}" for name in names]
+    text += "## Constants and versions\n\n```\n" + "\n".join(lines) + "\n```\n\n"
+    return text + "`code_version`: sha256 of the code that determines the numbers, comments aside.\n"
 
 
 # ---- Reading a results folder ----------------------------------------------------------------------------------------
-
-NEEDED = {"DATASET", "PIXELS", "MODEL", "EPOCHS", "SCHEDULE", "PRUNE_SCOPE", "REWIND_STEP", "LEVELS"}   # constants
-
 
 def read_run(folder: Path) -> Run:
     """Read a results folder. Raises UserError if it holds no run that can be drawn."""
@@ -1987,10 +1942,8 @@ def read_run(folder: Path) -> Run:
             if not set(records["level"]) <= set(mask["level"]):
                 raise ValueError("mask.csv lacks some of its levels")
         unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
-        missing = NEEDED - set(info["constants"])
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
         run = Run(info, records, measure(records), mask)
+        describe_run(run)                                   # needs some constants
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no run that can be drawn, with run.json and metrics.csv ({error}).") from None
     if unknown:
@@ -2015,6 +1968,7 @@ def redraw(folder: str | Path) -> Run:
             figure.savefig(image, format="png", dpi=150)
             write_atomically(path, image.getvalue())
     return run
+
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 

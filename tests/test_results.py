@@ -1,279 +1,439 @@
-"""Measures, answers, tables and figures, on records made up so that the right answer is known beforehand."""
+"""Measures, answers, summary and figures: held against scipy and plain loops, on made-up records and on the gallery."""
 
-import ast
+import io
+import json
 import math
 import re
 from functools import cache
 from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
 
-import matplotlib.text
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import DEFAULTS, contents
+from conftest import contents
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+from PIL import Image
 from scipy import stats
 
-import lth_pruning
+import lth_pruning as lth
 
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
-LEFT = tuple(round(100 * 0.8**level, 2) for level in range(17))
-STEPS = (0, 25, 50, 100, *range(200, 1201, 200), 1290)      # early stops at 1,200 and 1,290 are too late
-TABLE = lth_pruning.ARM_TABLE
-ALL = tuple(TABLE)
-OWN = TABLE["signs"]._replace(label="one's own", colour="#123456", marker="d", controls="both")
-UNSURE = [-1, 1, -1, 1, 0]                                  # a lead by trial that decides nothing
+GALLERY = {path.parent.name: path.parent for path in Path(lth.__file__).parent.glob("results/*/run.json")}
+PERCENT = tuple(round(100 * 0.8**level, 3) for level in range(17))
+STEPS = (0, 25, 50, 100, *range(200, 1201, 200), 1290)      # early stops at 1,200 and 1,290 count as not reached
+ARMS = tuple(lth.ARM_TABLE)
+KEYS = ["arm", "level", "trial"]
+OPEN = (-0.9, 0.9, -0.8, 0.8, 0.1)                          # a lead by trial that decides nothing
 
 
-def make(arms=ALL[:2], trials=5, left=LEFT, lead=None, stop=None, steps=STEPS, provenance="Python", **constants):
-    """A run. Early stops are at `stop[arm]` (levels,) or so, and leads there `lead[arm]` (levels, trials)."""
-    constants = DEFAULTS | {"ARMS": arms, "TRIALS": trials, "LEVELS": len(left) - 1} | constants
-    random = np.random.default_rng(0)
+def make(arms=ARMS[:2], trials=5, percent=PERCENT, lead=None, stop=None, **constants):
+    """Return a run. At early stop, `lead[arm]` is a number, or an array (levels, trials); `stop[arm]` is a step."""
+    constants = lth.constants() | {"TRIALS": trials, "LEVELS": len(percent) - 1} | constants
+    rng = np.random.default_rng(0)
     rows = []
-    for (level, arm), trial in product([(0, "dense"), *product(range(1, len(left)), arms)], range(trials)):
-        begin = constants["REWIND_STEP"] if level and TABLE[arm].late else 0
-        best = np.broadcast_to((stop or {}).get(arm, 800 if arm in ("dense", "reinit") else 600), len(left))[level - 1]
-        best += 200 * (trial == 0 and best < 1000)
-        ahead = (lead or {}).get(arm, level and 0.35 - list(TABLE).index(arm) * level / 20)
-        top = 97 + trial / 10 + np.broadcast_to(ahead, (len(left), trials))[level - 1, trial] + random.normal(0, 0.02)
-        same = (constants["DATASET"], constants["MODEL"], arm, trial, level, left[level])
-        rows.append((*same, begin, math.nan, 0.0, 99.9, 10.0 + 2 * level * (arm == "rewind") + begin / 10))
-        for step in [step for step in steps if step > begin]:
-            found = top + 60 * (math.exp(-best / 60) - math.exp(-step / 60)) + (step - best) / 5000
-            loss = 0.1 if best <= step <= best + 200 else 0.2           # the first of the lowest counts
-            rows.append((*same, step, 0.1, loss, round(found, 1), round(found, 2)))
-    records = pd.DataFrame(rows, columns=["dataset", "model", "arm", "trial", "level", "weights_remaining", "step",
-                                          "train_loss", "val_loss", "val_accuracy", "test_accuracy"])
-    layer = (torch.arange(784) * torch.arange(1, 31).view(-1, 1) % 17).byte().expand(trials, 30, 784)
-    return lth_pruning.Results(records, lth_pruning.measure(records), constants, provenance,
-                               layer if constants["MODEL"] == "mlp" else None, torch.rand(28, 28))
+    for (level, arm), trial in product([(0, "dense"), *product(range(1, len(percent)), arms)], range(trials)):
+        start = constants["REWIND_STEP"] if level and lth.ARM_TABLE[arm].late else 0
+        best = min(1290, (stop or {}).get(arm, 600) + 200 * (trial == 0))
+        ahead = (lead or {}).get(arm, level and 0.4 - 0.05 * ARMS.index(arm) * level)
+        ahead = np.broadcast_to(ahead, (max(1, len(percent) - 1), trials))[level - 1, trial]
+        top = 97 + trial / 10 + ahead + rng.normal(0, 0.02)
+        names = (constants["DATASET"], constants["MODEL"], arm, trial, level, percent[level])
+        rows.append((*names, start, math.nan, 2.3, 10, 10 + 5 * level * (arm == "rewind")))
+        for step in [step for step in STEPS if step > start]:
+            early = 60 * max(0, math.exp(-step / 60) - math.exp(-best / 60))
+            accuracy = top - abs(step - best) / 4000 - early
+            loss = 0.1 if best <= step <= best + 200 else 0.2                # the first of the lowest counts
+            rows.append((*names, step, 0.1, loss, round(accuracy, 1), round(accuracy, 2)))
+    columns = [*lth.NETWORK, "step", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
+    records = pd.DataFrame(rows, columns=columns)
+    mask = pd.DataFrame(list(product(range(len(percent)), range(784))), columns=["level", "pixel"])
+    mask = mask.assign(share_remaining=1 / (1 + mask["pixel"] % 7), mean_intensity=mask["pixel"] % 28)
+    info = {"constants": constants, "versions": {"torch": "2"}, "tickets_from": {"constants": {"DATASET": "KMNIST"}}}
+    return lth.Run(info, records, lth.measure(records), mask)
 
 
-def table_rows(text):
-    return [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2] != "-"]
+def write(run, folder):
+    """Write what `redraw` needs of a run."""
+    (folder / "run.json").write_text(json.dumps(run.info))
+    run.records.to_csv(folder / "metrics.csv", index=False)
+    run.mask.to_csv(folder / "mask.csv", index=False)
 
 
-def early_stops(run):
-    return run.records.dropna().sort_values("val_loss", kind="stable").groupby(["arm", "level", "trial"]).first()
+def differences(networks, x, y, level, column="test_accuracy"):
+    """Return x - y by trial, without the script."""
+    values = networks.set_index(KEYS)[column].sort_index()
+    x, y = (values[arm, 0 if arm == "dense" else level] for arm in (x, y))
+    return (x - y).round(4)
 
 
-def lead_in_words(ahead, behind):
-    lead = ahead - behind
-    return f"{lead.mean():+.2f} ± {stats.ttest_1samp(lead, 0).confidence_interval().high - lead.mean():.2f}"
+def bounds(values):
+    """Return scipy's 95 % confidence interval; differences that are all equal have none."""
+    if values.nunique() == 1:
+        return math.nan, math.nan
+    return stats.ttest_1samp(values, 0).confidence_interval(0.95)
+
+
+def in_words(values):
+    low, high = bounds(values)
+    return f"{round(values.mean(), 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}".removesuffix(" ± nan")
+
+
+def word(values):
+    low, high = bounds(values)
+    if low > 0:
+        return "ahead"
+    if low > -0.2:
+        return "as good"
+    return "behind" if high < 0 else "inconclusive"
+
+
+def tables(text):
+    """Return the rows of each table of a page, by its heading."""
+    found = {}
+    for part in re.split(r"^(?:## |<summary>)", text, flags=re.MULTILINE):
+        rows = [line[2:-2].split(" | ") for line in part.splitlines() if line.startswith("| ") and line[2] != "-"]
+        found[re.split("[\n<]", part)[0]] = rows
+    return found
 
 
 @pytest.mark.parametrize("steps", [STEPS, range(0, 2001, 20), range(0, 1201, 400)])
-def test_measures_are_those_of_a_plain_loop_over_the_rows(lth, steps):
-    """In the last 5 %, and at the last two evaluations, nothing stops early; catching up there is as good."""
-    stop = {"dense": 400, "rewind": 800, "reinit": 1200, "signs": 1290, "shuffle": 1900, "oneshot": 1880}
-    records = make(tuple(stop)[1:], 5, LEFT[:4], {"reinit": UNSURE}, stop, steps, REWIND_STEP=100).records
-    rows = {key: list(group.itertuples()) for key, group in records.groupby(["arm", "level", "trial"])}
-    found = lth.measure(records)
-    assert len(found) == len(rows) == 5 + 5 * 3 * 5
-    for network, (start, *later) in rows.items():
-        best = min(later, key=lambda row: row.val_loss)
-        too_late = best.step >= 0.95 * steps[-1] or best.step in steps[-2:]
-        good = [row.step for row in later if row.val_accuracy >= rows["dense", 0, network[2]][-1].val_accuracy]
-        accuracies = [round(1e4 * row.test_accuracy) for row in (start, later[-1], best)]
-        assert found.loc[network].tolist() == [
-            start.weights_remaining, *accuracies, math.inf if too_late else best.step, min(good, default=math.inf)]
+def test_networks_are_measured_as_by_a_plain_loop(steps):
+    """Early stop is judged by validation loss; near the end it is not reached, while catching up there counts."""
+    rng = np.random.default_rng(1)
+    networks = [("dense", 0, 100.0), *product(("rewind", "reinit"), (1, 2), (80.0,))]
+    rows = [("MNIST", "mlp", arm, trial, level, left, step, math.nan if step == 0 else 0.1,
+             rng.integers(2 * len(steps)) / 9, rng.integers(900, 990) / 10, rng.integers(9000, 9900) / 100)
+            for (arm, level, left), trial, step in product(networks, range(8), steps)]
+    names = [*lth.NETWORK, "step", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
+    found = lth.measure(pd.DataFrame(rows, columns=names)).set_index(KEYS)
+    assert len(found) == 40 and found["stop_step"].isna().any()
+    for (arm, level, left), trial in product(networks, range(8)):
+        start, *later = [row[6:] for row in rows if row[2:5] == (arm, trial, level)]
+        goal = [row[9] for row in rows if row[2:4] == ("dense", trial)][-1]
+        best = min(later, key=lambda row: row[2])
+        reached = best[0] < 0.95 * steps[-1] and best[0] not in steps[-2:]
+        caught_up = [row[0] for row in later if row[3] >= goal]
+        expected = [left, best[4], best[0] if reached else pd.NA, start[4], later[-1][4], [*caught_up, pd.NA][0]]
+        assert found.loc[(arm, level, trial)].drop(["dataset", "model"]).tolist() == expected
 
 
-@pytest.mark.parametrize(("middle", "margin", "answer"), [
-    (0.2, 0, "yes"), (-0.2, 0, "no"), (0, 0, "undecided"), (-0.1, 0.2, "yes"), (-0.3, 0.2, "no"),
-    (-0.2, 0.2, "undecided")])
-def test_the_whole_interval_decides(lth, middle, margin, answer):
-    """So 0.20 +- 0.03 behind is undecided about "within 0.2"; few trials, or such without spread, decide nothing."""
-    for trials in (3, 5, 10):
-        differences = middle + 0.024 * stats.zscore(np.random.default_rng(trials).normal(size=trials))
-        mean, half = lth.interval(differences)
-        assert (mean - half, mean + half) == pytest.approx(stats.ttest_1samp(differences, 0).confidence_interval())
-        assert lth.decide(differences, margin) == answer
-    for few in (differences[:1], differences[:2], np.full(5, 0.5), np.full(5, -0.5)):
-        assert lth.decide(few, margin) == "undecided"
+@pytest.mark.parametrize(("low", "high", "beats", "matches"), [
+    (0.01, 1, "supported", "supported"), (0, 1, "inconclusive", "supported"), (-0.19, 1, "inconclusive", "supported"),
+    (-0.2, 1, "inconclusive", "inconclusive"), (-0.3, 0, "inconclusive", "inconclusive"),
+    (-0.3, -0.01, "contradicted", "behind, size open"), (-0.3, -0.2, "contradicted", "behind, size open"),
+    (-0.3, -0.21, "contradicted", "contradicted"), (-0.15, -0.05, "contradicted", "supported"),
+    (math.nan, math.nan, "inconclusive", "inconclusive")])
+def test_the_whole_interval_decides(low, high, beats, matches):
+    assert (lth.decide(low, high), lth.decide(low, high, lth.MATCHING_MARGIN)) == (beats, matches)
+
+
+def test_comparisons_are_paired_and_have_one_of_four_words():
+    spread = np.array([-0.04, 0.04, -0.02, 0.02, 0])
+    leads = np.array([0.5 + spread, -0.1 + spread, -0.5 + spread, OPEN, -0.2 + 0 * spread, 0 * spread])
+    run = make(percent=PERCENT[:7], lead={"rewind": leads, "reinit": -1 + leads})
+    for x, y, column in (("rewind", "dense", "test_accuracy"), ("rewind", "reinit", "final_test_accuracy")):
+        table = lth.compare(run, x, y, column)
+        for level in table.index:
+            values = differences(run.networks, x, y, level, column)
+            assert tuple(table.loc[level, ["low", "high"]]) == pytest.approx(tuple(bounds(values)))
+            assert (table.loc[level, "text"], table.loc[level, "word"]) == (in_words(values), word(values))
+    assert list(lth.compare(run, "rewind", "dense")["word"][:4]) == ["ahead", "as good", "behind", "inconclusive"]
+    equal = run.networks.assign(test_accuracy=97 + (run.networks["arm"] == "rewind") / 10)
+    two = run.networks[run.networks["trial"] < 2]
+    for networks in (equal, two):                           # without a spread, or by two trials, nothing is decided
+        table = lth.compare(lth.Run(run.info, run.records, networks), "rewind", "dense")
+        assert not table["text"].str.contains("±").any() and set(table["word"]) == {"inconclusive"}
 
 
 @pytest.mark.parametrize("trials", range(3, 11))
-def test_steps_are_decided_by_a_sign_test(lth, trials):
-    """Ties, and pairs that neither reached, count for neither side and stay in n: 5 of 6 is not 5 of 5."""
-    for sooner, other in product(range(trials // 2 + 1, trials + 1), ((500, 500), (math.inf, math.inf), (900, 500))):
-        decided = (sooner, trials) in ((5, 5), (6, 6), (7, 7), (7, 8), (8, 8), (8, 9), (9, 9), (9, 10), (10, 10))
-        first, second = np.array(([(500, 900), (500, math.inf)] * 5)[:sooner] + [other] * (trials - sooner), float).T
-        answers = (lth.decide_steps(first, second), lth.decide_steps(second, first))
-        assert answers == (("yes", "no") if decided else ("undecided", "undecided"))
+def test_steps_are_decided_by_a_sign_test(trials):
+    """Six of six, or nine of ten, decide; ties, and pairs that neither reached, are failures of both sides."""
+    run = make(trials=trials, percent=PERCENT[:2])
+    for sooner, other in product(range(trials // 2, trials + 1), ((500, 500), (None, None), (900, 500))):
+        pairs = [(500, 900), (500, None)] * 5
+        pairs = pairs[:sooner] + [other] * (trials - sooner)
+        for arm, steps in zip(("rewind", "reinit"), zip(*pairs, strict=True), strict=True):
+            run.compared.loc[run.compared["arm"] == arm, "stop_step"] = np.array(steps, float)
+        decided = (sooner, trials) in ((6, 6), (7, 7), (8, 8), (8, 9), (9, 9), (9, 10), (10, 10))
+        answers = [lth.compare_steps(run, x, y, 1)[1] for x, y in (("rewind", "reinit"), ("reinit", "rewind"))]
+        assert answers == (["supported", "contradicted"] if decided else ["inconclusive"] * 2)
 
 
-@pytest.mark.parametrize(("levels", "expected"), [
-    ("mubmu", "down to 41.0 % of the weights"), ("bbbbb", "at no level, and are below them from 80.0 % on"),
-    ("mbmbb", "down to 51.2 % of the weights, and are below them from 41.0 % on"), ("uuuuu", "at no level")])
-def test_matching_is_told_by_the_sparsest_level_and_below_from_where_all_are(lth, levels, expected):
-    lead = [{"m": [-0.1] * 5, "b": [-0.5] * 5, "u": UNSURE}[level] for level in (*levels, "u")]
-    run = make(ALL[:1], left=LEFT[:6], lead={"rewind": lead})
-    assert f"- Networks rewound to original weights match the dense ones {expected}.\n" in lth.summary(run)
+@pytest.mark.parametrize(("arm", "levels", "title"), [
+    ("rewind", "aaaaaaaaaaaaab", "beat {} with 13.4 % of the weights and match them with as little as 5.5 %"),
+    ("rewind", "mmmammmamummbb", "match {} at 11 of 14 levels, the sparsest with 6.9 % of the weights"),
+    ("rewind", "mmmmmmammmmmmm", "beat {} with 21.0 % of the weights and match them with as little as 4.4 %"),
+    ("rewind", "aaaaaaaaabbbbb", "beat {} with 13.4 % of the weights"),
+    ("rewind", "bbbbbbbbbbbbmb", "match {} at 1 of 14 levels, the sparsest with 5.5 % of the weights"),
+    ("reinit", "mmmbbmbbbbbbbb", "fall behind {} at 21.0 % of the weights and sparser"),
+    ("rewind", "bbbbbbbbbbbbbb", "fall behind {} at 80.0 % of the weights and sparser")])
+def test_titles_beat_at_fixed_densities_and_match_at_the_sparsest(arm, levels, title):
+    spread = np.array([-0.04, 0.04, -0.02, 0.02, 0])
+    leads = {"a": 0.3 + spread, "m": -0.1 + spread, "b": -1 + spread, "u": OPEN}
+    run = make(percent=PERCENT[:15], lead={arm: np.array([leads[level] for level in levels])})
+    assert lth.against_dense(run, arm) == f"{lth.plural(run, arm)} {title.format('dense networks')}"
 
 
-@pytest.mark.parametrize(("sign", "stop", "answer"), [(1, (200, 1000), "borne out"), (-1, (1000, 200), "contradicted")])
-def test_claims_can_be_borne_out_and_contradicted_each_at_its_density(lth, sign, stop, answer):
-    """The last step moves just one; those without arm, level (within a factor of 1.25) or early stops are named."""
-    lead = {"rewind": sign, "reinit": -sign, "oneshot": -sign, "shuffle": -sign}
-    run = make(tuple(lead), lead=lead, stop=dict(zip(("rewind", "reinit", "dense"), (*stop, 600), strict=True)))
-    rows = table_rows(lth.claims(run))[1:]
-    assert [row[1] for row in rows] == [f"{LEFT[level]:.1f} %" for level in (9, 15, 9, 7, 7, 12, 7, 7, 7, 7)]
-    assert {row[-1] for row in rows} == {answer} and "Not tested" not in lth.claims(run)
-    run.records.loc[run.records["step"].eq(1290) & run.records["arm"].eq("rewind"), "test_accuracy"] -= 9 * sign
-    changed = table_rows(lth.claims(run._replace(networks=lth.measure(run.records))))[1:]
-    assert [row[-1] == new[-1] for row, new in zip(rows, changed, strict=True)] == [n != 2 for n in range(10)]
-    text = lth.claims(make(ALL[:1], left=(100, 26.3, 4.6), stop={"dense": 1290, "rewind": 1200}))
-    for words in ("Tickets match dense networks (no level near 3.6 %)", "shuffled connections (no shuffle networks)",
-                  "Tickets stop before dense networks (not reached by most networks)"):
-        assert words in text and table_rows(text) == []
-    assert {row[1] for row in table_rows(lth.claims(make(left=(100, 26.3, 4.4))))[1:]} == {"26.3 %", "4.4 %"}
+@pytest.mark.parametrize(("sign", "answer"), [(1, "supported"), (-1, "contradicted")])
+def test_claims_of_the_paper_can_be_supported_and_contradicted(sign, answer):
+    """Each at its own density, and one of them after the last step."""
+    lead = {"rewind": sign, "reinit": -sign, "oneshot": -sign, "shuffle_mask": -sign}
+    stop = {"rewind": 600 - 400 * sign, "reinit": 600 + 400 * sign, "dense": 600}
+    run = make(tuple(lead), 6, lead=lead, stop=stop)
+    page = lth.claims_section(run)
+    rows = tables(page)["The paper's claims"][1:]
+    assert {row[-1] for row in rows} == {answer} and "Not tested" not in page
+    assert [row[1] for row in rows] == [f"{PERCENT[level]:.1f} %" for level in (9, 15, 9, 7, 7, 12, 7, 7, 7)]
+    final = run.networks.assign(final_test_accuracy=97 - sign)
+    changed = tables(lth.claims_section(lth.Run(run.info, run.records, final)))["The paper's claims"][1:]
+    assert [n for n in range(9) if rows[n] != changed[n]] == [2]
 
 
-def test_questions_are_answered_by_kind(lth):
-    """Difference: is the ticket ahead? Enough: is the arm as accurate? No loss: is the ticket? Small must be small."""
-    ours = {"rewind reinit": "yes", "rewind permute": "no", "signs rewind": "yes", "rewind finetune": "no",
-            "rewind small": "yes", "transfer rewind": "no", "transfer reinit": "no"}
-    run = make(("rewind", "reinit", "permute", "signs", "finetune", "small", "transfer"), lead={
-        "rewind": -0.3, "small": -1, "reinit": -0.4, "permute": -0.2, "signs": -0.4, "finetune": 0.1, "transfer": -0.7})
+def test_what_a_run_cannot_test_is_listed_with_the_reason():
+    page = lth.claims_section(make(("rewind",), percent=(100, 30.0, 4.6)))
+    assert "Tickets match dense networks: no level is near 3.6 % of the weights" in page
+    assert "Tickets beat shuffled connections: the run has no `shuffle_mask` arm" in page
+    assert "at least six trials are needed to decide about steps" in lth.claims_section(make())
+    late = lth.claims_section(make(trials=6, stop={"dense": 1200, "rewind": 1290, "reinit": 1290}))
+    assert late.count("most networks were still improving when training ended") == 2
+    assert lth.claims_section(make(MODEL="lenet")) == lth.claims_section(make(DATASET="FashionMNIST")) == ""
+
+
+def test_controls_are_asked_their_own_question():
+    """Is the ticket better? Is the arm as good? Is the ticket as good? Small dense networks must be small."""
+    lead = {"rewind": -0.3, "reinit": -0.4, "shuffle_weights": -0.2, "keep_signs": -0.4, "finetune": 0.1,
+            "small_dense": -1, "transfer": -0.7}
+    run = make(tuple(lead), lead=lead)
+    networks = run.networks
     for level, factor in ((7, 1.09), (12, 1.11)):
-        run.records.loc[run.records["arm"].eq("small") & run.records["level"].eq(level), "weights_remaining"] *= factor
-    run = run._replace(networks=lth.measure(run.records))
-    accuracy = early_stops(run)["test_accuracy"]
-    for row, (pair, answer) in zip(table_rows(lth.answers(run))[1:], ours.items(), strict=True):
-        ahead, behind = pair.split()
-        lead = lead_in_words(accuracy[ahead, 7], accuracy[behind, 7])
-        assert row[1:4] == [*[f"{TABLE[arm].label} (`{arm}`)" for arm in (ahead, behind)], f"{lead}: {answer}"]
-        assert (row[4] == "has more weights") == (behind == "small")
-    assert np.isnan(lth.leads(run.networks, "small", "rewind", 12)).all()
-    assert {row[0]: row[-1] for row in table_rows(lth.claims(run))}["Tickets match dense networks"] == "contradicted"
-    assert "above -0.2)" in " ".join(lth.summary(run).split())
+        networks.loc[(networks["arm"] == "small_dense") & (networks["level"] == level), "weights_remaining"] *= factor
+    rows = tables(lth.controls_section(lth.Run(run.info, run.records, networks)))["Controls"][1:]
+    expected = {"rewind - reinit": "yes", "rewind - shuffle_weights": "no", "keep_signs - rewind": "yes",
+                "rewind - finetune": "no", "rewind - small_dense": "yes", "transfer - rewind": "no"}
+    assert [row[1] for row in rows] == list(expected)
+    for _, pair, cell, sparser, _ in rows:
+        assert cell == f"{in_words(differences(networks, *pair.split(' - '), 7))}: {expected[pair]}"
+        assert (sparser == "has more weights") == ("small_dense" in pair)
 
 
-def test_summary_says_what_the_records_say(lth):
-    """Numbers by pandas; constants that can be read back; the provenance word for word; 70 lines at most to be read."""
-    run = make(provenance="Made | by `hand`:\nC:\\ 100 % {x}", TICKETS_FROM="it's \"mine\"\n```")
-    text, constants, provenance = re.fullmatch(r"(.*)```\n(.*)\n```\n\n(.*)\n", lth.summary(run), re.DOTALL).groups()
-    pairs = [line.split(" = ", 1) for line in constants.split("\n")]
-    assert {name: ast.literal_eval(value) for name, value in pairs} == run.constants and provenance == run.provenance
-    stop, accuracy = early_stops(run)["step"], early_stops(run)["test_accuracy"]
-    head, *rows = table_rows(text.split("## Level by level")[1])
-    for level, row in zip(range(1, 17), rows, strict=True):
-        cells = {"weights remaining": f"{LEFT[level]:.1f} %", "rewind, masked only, %": f"{10 + 2 * level:.2f}",
-                 "rewind - reinit": lead_in_words(accuracy["rewind", level], accuracy["reinit", level])}
-        for arm in ALL[:2]:
-            cells[f"{arm}, %"] = f"{accuracy[arm, level].mean():.2f}"
-            cells[f"{arm}, step"] = f"{stop[arm, level].median():.0f}"
-            cells[f"{arm} - dense"] = lead_in_words(accuracy[arm, level], accuracy["dense", 0])
-        assert {name: cell.split(", ")[0] for name, cell in zip(head, row, strict=True)} == cells
-        assert (level == 7) == (f"{cells['rewind - dense']} over dense networks, {cells['rewind - reinit']} " in text)
-    seen = re.sub(r"\n  ", " ", lth.summary(run))                  # an item of a list is a line
-    assert sum(part.count("\n") + 1 if part[0] in "|-`" else 1 for part in seen.split("\n\n")) <= 70
+@pytest.mark.parametrize("name", GALLERY)
+def test_committed_pages_say_what_the_committed_records_say(name):
+    """networks.csv by pandas from metrics.csv; the cells of summary.md, and the title, by scipy from networks.csv."""
+    networks = pd.read_csv(GALLERY[name] / "networks.csv")
+    trained = pd.read_csv(GALLERY[name] / "metrics.csv").dropna(subset="train_loss")
+    ordered = trained.sort_values(["val_loss", "step"]).groupby(KEYS)
+    first = ordered[["step", "test_accuracy"]].first().loc[pd.MultiIndex.from_frame(networks[KEYS])].reset_index()
+    steps = sorted(set(trained["step"]))
+    late = (first["step"] >= 0.95 * steps[-1]) | first["step"].isin(steps[-2:])
+    assert first["test_accuracy"].equals(networks["test_accuracy"])
+    assert first["step"].mask(late).equals(networks["stop_step"].astype(float))
+    committed = (GALLERY[name] / "summary.md").read_text()
+    run = lth.read_run(GALLERY[name])
+    assert lth.summary(run).split("## Constants")[0] == committed.split("## Constants")[0]
+
+    means = networks.groupby(["arm", "level"])["test_accuracy"].mean().round(6)
+    found = tables(committed)
+    for head, *rows in [found["Level by level"], *[found[key] for key in found if key == "Other controls"]]:
+        for level, row in enumerate(rows, start=1):
+            cells = {column: cell for column, cell in zip(head, row, strict=True) if cell != "has more weights"}
+            for column in [column for column in cells if " - " in column]:
+                values = differences(networks, *column.split(" - "), level)
+                assert cells[column] == f"{in_words(values)}, {word(values)}"
+            for arm in [arm for arm in run.arms if f"{arm}, %" in cells]:
+                assert cells[f"{arm}, %"] == f"{means[arm, level]:.2f}"
+
+    title = lth.accuracy_title(run, run.arms, "test_accuracy").split(";")[0]
+    words = {level: word(differences(networks, "rewind", "dense", level)) for level in set(networks["level"]) - {0}}
+    matched = [level for level in words if words[level] in ("ahead", "as good")]
+    assert (run.percent[max(matched)] in title) if matched else ("match" not in title or "inconclusive" in title)
+    fixed = [level for level in lth.levels_near(run, 13.5, 21.1) if words[level] == "ahead"]
+    assert ("beat" in title) == bool(fixed) and (not fixed or f"networks with {run.percent[fixed[-1]]} of" in title)
 
 
-FIGURES = ["learning_curves.png", "comparison_plot.png", "accuracy_plot_iterative.png", "supermask_plot.png",
-           "early_stopping_plot.png", "mask_plot.png", "accuracy_plot_reinit.png", "leads_plot.png"]
-RUNS = {                              # what a run is made of, and which figures it lacks
-    "default": ({}, FIGURES[7:]), "ten arms": ({"arms": ALL}, []), "one trial": ({"arms": ALL[:3], "trials": 1}, []),
-    "dense": ({"left": LEFT[:1]}, FIGURES[1:]), "one level": ({"arms": ALL, "left": LEFT[:2]}, []),
-    "own": ({"arms": (*ALL[:6], "own")}, []),
-    "one arm": ({"arms": ALL[:1], "stop": {"rewind": [600] + 16 * [1290]}}, FIGURES[4:5] + FIGURES[6:]),
-    "no reinit": ({"arms": ("rewind", "small", "shuffle"), "trials": 2, "left": LEFT[:3]}, FIGURES[6:7]),
-    "lenet": ({"MODEL": "lenet", "DATASET": "FashionMNIST"}, FIGURES[5:8:2]),
-    "late": ({"arms": ALL, "REWIND_STEP": 500, "provenance": "Transferred tickets: DATASET = 'FashionMNIST', x"}, [])}
+RUNS = {
+    "all arms": {"arms": ARMS, "trials": 6, "REWIND_STEP": 50, "LEVELS": 20}, "one trial": {"trials": 1},
+    "two trials": {"arms": ARMS[:4], "trials": 2, "percent": PERCENT[:9]}, "dense": {"percent": PERCENT[:1]},
+    "late stop": {"trials": 6, "stop": {"reinit": 1200, "dense": 1000, "rewind": 400}, "MODEL": "lenet"}}
+ACCURACY = ("comparison_plot", "accuracy_plot_iterative", "accuracy_plot_reinit")
 
 
 @cache
 def drawn(name):
-    """A run, its summary, its figures, and all texts that were drawn, with their boxes."""
-    seen = {}
+    """Return a run, made up or of the gallery, and its figures by name, each with the pixels of its texts."""
+    run = lth.read_run(GALLERY[name]) if name in GALLERY else make(**RUNS[name])
+    texts = {}
 
     def note(text, renderer, draw=matplotlib.text.Text.draw):
         draw(text, renderer)
-        seen[text] = matplotlib.text.Text.get_window_extent(text, renderer)
+        if text.get_visible() and text.get_text().strip():
+            texts[text] = matplotlib.text.Text.get_window_extent(text, renderer)
 
-    with pytest.MonkeyPatch.context() as patch, matplotlib.style.context(["default", lth_pruning.STYLE]):
-        patch.setitem(TABLE, "own", OWN)
+    figures = {}
+    with pytest.MonkeyPatch.context() as patch, matplotlib.style.context(lth.STYLE, after_reset=True):
         patch.setattr(matplotlib.text.Text, "draw", note)
-        run = make(**RUNS[name][0])
-        figures = lth_pruning.draw_figures(run)
-        for figure in figures.values():
-            figure.draw_without_rendering()
-        seen = {text: box for text, box in seen.items() if text.get_visible() and text.get_text().strip()}
-        return run, lth_pruning.summary(run), figures, seen
+        for draw in lth.FIGURES:
+            figure = draw(run)
+            if figure is not None:
+                texts = {}
+                FigureCanvasAgg(figure).draw()
+                figures[draw.__name__] = figure, texts
+    return run, figures
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_has_its_figures_and_whole_texts(name):
-    """No cell is nan, infinite or None; titles are bold and left; no text leaves its figure, or overlaps another."""
-    _, summary, figures, seen = drawn(name)
-    assert figures.keys() == set(FIGURES) - set(RUNS[name][1])
-    assert not re.search(r"\b(nan|inf|None)\b|\|  \||weights points", summary.split("## Constants")[0])
-    for file, figure in figures.items():
-        boxes = {text: box for text, box in seen.items()
-                 if text.figure.figure is figure and text.get_color() != "none"}
-        (title,) = [text for text in boxes if text.get_text() == figure.get_suptitle()]
-        assert (title.get_fontweight(), title.get_ha()) == ("bold", "left") and title.get_text().count("\n") <= 1, file
-        for text, box in boxes.items():
-            assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max), (file, text.get_text())
-        for (one, box), (other, its) in combinations(boxes.items(), 2):
+def title_and_grey(figure):
+    return [text.get_text().replace("\n", " ").replace("\u00a0", " ") for text in figure.texts]
+
+
+def points_of(axes):
+    """Return the pixels of all data points drawn inside some axes: ends of lines, of whiskers, and markers."""
+    places = [line.get_transform().transform(line.get_xydata()) for line in axes.lines if len(line.get_xdata()) > 2]
+    places += [axes.transData.transform(path.vertices) for bars in axes.collections
+               for path in bars.get_paths() if isinstance(bars, LineCollection)]
+    return [(x, y) for place in places for x, y in place if axes.bbox.contains(x, y)]
+
+
+@pytest.mark.parametrize("name", [*RUNS, "default"])
+def test_nothing_on_a_figure_is_cut_off_covered_or_pale(name):
+    """A bold title on the left says something; no text leaves the picture, or covers data or another text."""
+    _, figures = drawn(name)
+    for file, (figure, texts) in figures.items():
+        title, *_ = figure.texts
+        assert title.get_weight() == "bold" and len(title.get_text()) > 20 and title.get_text().count("\n") < 3
+        lines = [len(line) for line in title.get_text().split("\n")]
+        assert min(lines) > 0.6 * max(lines), (file, title.get_text())
+        assert not re.search(r"\b(nan|inf|None)\b", " ".join(title_and_grey(figure)))
+        for text, box in texts.items():
+            what = file, text.get_text()
+            assert figure.bbox.contains(*box.min) and figure.bbox.contains(*box.max), what
+            rgb = np.array(to_rgb(text.get_color()))
+            linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+            assert 1.05 / (linear @ (0.2126, 0.7152, 0.0722) + 0.05) >= 4.5, what
+            for axes in figure.axes:
+                assert not any(box.contains(x, y) for x, y in points_of(axes)), what
+        for (one, box), (other, its) in combinations(texts.items(), 2):
             assert not box.overlaps(its), (file, one.get_text(), other.get_text())
-    words = [summary, *(" ".join(text.get_text().split()) for text in seen)]
-    if name == "late":                                      # what was trained for 500 steps is nowhere called original
-        assert {"ticket from Fashion-MNIST", "values of step 500, permuted"} <= {*words}
-        assert [text for text in words if re.search("original (initial )?(weights|values)", text)] == []
 
 
-@pytest.mark.parametrize("name", ["default", "ten arms", "own"])
-def test_figures_show_the_records_and_each_arm_alike_everywhere(name):
-    """Lines are means, or medians of steps. One-arm pictures have the comparison's axes, and show that arm alone."""
-    run, _, figures, _ = drawn(name)
-    stops = early_stops(run).groupby(["arm", "level"])
-    untrained = run.records[run.records["train_loss"].isna()].groupby(["arm", "level"])
-    means = stops["test_accuracy"].mean()
-    shown = {1: [means, means], 3: [untrained["test_accuracy"].mean()], 4: [stops["step"].median()]}
-    styles = {(arm.colour, arm.marker): key for key, arm in [*TABLE.items(), ("own", OWN)]}
-    for n, tables in shown.items():
-        found = []
-        for axes, table in zip(figures[FIGURES[n]].axes, tables, strict=False):
-            for line in [line for line in axes.get_lines() if line.get_marker() != "None"]:
-                found.append(styles[line.get_color(), line.get_marker()])
-                assert line.get_ydata() == pytest.approx([table["dense", 0], *table[found[-1]]])
-        assert {*found, "finetune"} == {*run.constants["ARMS"], "finetune"} and found.count("own") in (0, len(tables))
-    for axes, level in zip(figures[FIGURES[0]].axes, (3, 7, 12, 15), strict=True):
-        means = run.records[run.records["level"].isin([0, level])].groupby(["arm", "step"])["test_accuracy"].mean()
-        for line in [line for line in axes.get_lines() if line.get_marker() != "None"]:
-            assert line.get_ydata() == pytest.approx(means[styles[line.get_color(), line.get_marker()]].tolist())
-
-    comparison, *one_arm = [figures[FIGURES[n]].axes[0] for n in (1, 2, 6)]
-    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in (comparison, *one_arm)}) == 1
-    assert len({axes.get_position().bounds for axes in one_arm + [comparison] * (name == "default")}) == 1
-    seen = [{line.get_color() for line in axes.get_lines() if line.get_visible()} for axes in one_arm]
-    assert seen == [{lth_pruning.GREY, TABLE[arm].colour} for arm in ALL[:2]]
-
-
-def test_figures_are_drawn_the_same_in_any_style(lth, tmp_path):
-    """The user's own settings stay as they are."""
-    run = make(ALL[:1], left=LEFT[:3])
-    lth.draw(run, tmp_path)
-    plain = contents(tmp_path)
-    assert plain.keys() == {"summary.md", *FIGURES[:6]}
-    with matplotlib.rc_context({"savefig.format": "pdf", "font.size": 40, "axes.facecolor": "black", "savefig.dpi": 7}):
-        before = dict(matplotlib.rcParams)
-        lth.draw(run, tmp_path)
-        assert contents(tmp_path) == plain and dict(matplotlib.rcParams) == before
+@pytest.mark.parametrize("name", ["all arms", "default"])
+def test_lines_are_the_means_and_what_decides_is_drawn(name):
+    """Above, means; below, leads with their intervals and the strip. Three figures share their axes."""
+    run, figures = drawn(name)
+    for file in {*ACCURACY, "final_accuracy_plot"} & set(figures):
+        column = "final_test_accuracy" if file == "final_accuracy_plot" else "test_accuracy"
+        shown = {"accuracy_plot_iterative": ["rewind"], "accuracy_plot_reinit": ["reinit"]}.get(file, run.arms)
+        main = [arm for arm in shown if arm in lth.MAIN_ARMS]
+        upper, lower = figures[file][0].axes
+        means = run.networks.groupby(["arm", "level"])[column].mean()
+        for axes, arms, start in ((upper, shown, 0), (lower, main, means["dense", 0])):
+            lines = [line.get_ydata()[::-1] for line in axes.lines
+                     if len(line.get_ydata()) == len(run.densities) and line.get_linestyle() == "-"]
+            expected = [[means["dense", 0] - start, *(means[arm] - start)] for arm in arms]
+            assert len(lines) == len(arms) and np.allclose(sorted(map(list, lines)), sorted(expected), atol=1e-4)
+        whiskers = [path.vertices[:, 1] for bars in lower.collections if isinstance(bars, LineCollection)
+                    for path in bars.get_paths()]
+        for level, arm in product(run.densities.index[1:], main):
+            interval = tuple(bounds(differences(run.networks, arm, "dense", level, column)))
+            assert any(np.allclose(pair, interval, atol=1e-3) for pair in whiskers)
+        assert [-lth.MATCHING_MARGIN, 0] in [patch.get_bbox().intervaly.tolist() for patch in lower.patches]
+        bands = {round(y, 3) for band in upper.collections for path in band.get_paths() for y in path.vertices[:, 1]}
+        trials = run.networks[run.networks["arm"].isin(main)].groupby(["arm", "level"])[column]
+        assert {*trials.min().round(3), *trials.max().round(3)} <= bands
+    scales = [[(axes.get_xlim(), axes.get_ylim(), axes.get_position().bounds) for axes in figures[file][0].axes]
+              for file in ACCURACY]
+    assert scales[0] == scales[1] == scales[2]
 
 
-def test_leads_over_dense_networks_of_several_runs_in_one_picture(lth):
-    """Each run has a line named by what it does not share or its folder, from the first level of pruning on."""
-    runs = [make(PIXELS="unit_length"), make(trials=10, left=LEFT[:9], lead={"rewind": -0.3})]
-    (axes,) = lth.leads_over_dense(runs).axes
-    assert {text.get_text().replace("\n", " ") for text in axes.texts} == {
-        "images of unit length, 5 trials", "standardised pixels, 10 trials"}
-    lines = [line for line in axes.get_lines() if len(line.get_ydata()) > 5 and line.get_linestyle() == "-"]
-    for run, line in zip(runs, lines, strict=True):
-        stop = early_stops(run)["test_accuracy"]
-        leads = stop["rewind"].groupby("level").mean() - stop["dense", 0].mean()
-        np.testing.assert_allclose(line.get_ydata(), leads, atol=1e-9)
-    (axes,) = lth.leads_over_dense([make(RESULTS_DIR="here"), make(RESULTS_DIR="there", DROPOUT=0.0)]).axes
-    assert [text.get_text() for text in axes.texts] == ["here", "there"]
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_leaves_the_axes_is_marked_with_an_arrow_and_its_value(sign):
+    run = make(ARMS[:4], percent=PERCENT[:3], lead={"rewind": 0, "reinit": -9.0, "shuffle_weights": 30.0 * sign})
+    figure = lth.leads_plot(run)
+    outlier = differences(run.networks, "rewind", "shuffle_weights", 2).mean()
+    expected = f" {outlier:.1f} →" if outlier > 0 else f" ← {outlier:.1f}"
+    assert expected in [text.get_text() for text in figure.axes[0].texts]
+    assert not any(abs(x) > 25 for line in figure.axes[0].lines for x in line.get_xdata())
+    upper, lower = lth.comparison_plot(run).axes
+    lead = differences(run.networks, "reinit", "dense", 2).mean()
+    assert f"re-initialised at random, {lead:.1f}\u00a0↓" in [text.get_text() for text in lower.texts]
+    if sign < 0:
+        assert f"original values, permuted, {97.2 - 30:.1f}\u00a0↓" in [text.get_text() for text in upper.texts]
+
+
+def test_early_stops_are_medians_and_the_others_are_counted_above():
+    run, figures = drawn("late stop")
+    figure, _ = figures["early_stopping_plot"]
+    strip, lower = figure.axes
+    steps = run.networks.astype({"stop_step": float}).fillna({"stop_step": math.inf})
+    medians = steps.groupby(["arm", "level"])["stop_step"].median()
+    heights = [list(line.get_ydata()) for line in lower.lines]
+    assert list(medians["rewind"]) in heights and [medians["dense", 0]] in heights
+    networks = run.networks.copy()
+    for level, late in ((5, 2), (6, 3)):                    # of six; what is not reached is later than all that is
+        rows = networks.index[(networks["arm"] == "rewind") & (networks["level"] == level)]
+        networks.loc[rows, "stop_step"] = [pd.NA] * late + [100, 200, 300, 400][:6 - late]
+    stops = lth.Run(run.info, run.records, networks).stops.loc["rewind"]
+    assert stops.loc[5].tolist() == [2, 350, 100, 400] and math.isnan(stops.loc[6, "median"])
+    above = [text.get_text() for text in strip.texts]       # one dense network, and all re-initialised ones
+    assert above == ["1", *["6"] * 16, "re-initialised at random", "dense network"]
+    assert title_and_grey(figure)[0] == (f"With {run.percent[7]} of the weights, tickets stop sooner (median step 400) "
+                                         "than dense networks (1,000) and re-initialised networks (not reached)")
+
+
+@pytest.mark.parametrize("name", ["one trial", "two trials"])
+def test_too_few_trials_have_no_intervals_and_decide_nothing(name):
+    run, figures = drawn(name)
+    assert run.trials < 3
+    for file, (figure, texts) in figures.items():
+        words = " ".join([text.get_text() for text in texts])
+        assert not re.search(r"95 % confidence|lower end|\b(beat|match|fall)\b", words), file
+        strips = [patch for patch in figure.findobj(Rectangle) if 0.2 in (patch.get_width(), patch.get_height())]
+        assert not strips, file
+    assert "ranges" not in " ".join(title_and_grey(drawn("one trial")[1]["comparison_plot"][0]))
+    said = " ".join(lth.verdict(run))
+    assert "At least three trials are needed" in said and not re.search(r"\b(beat|match|behind|ahead)\b", said)
+
+
+def test_late_and_unfinished_runs_say_so_everywhere():
+    """What was trained for 50 steps is nowhere called original."""
+    run, figures = drawn("all arms")
+    for figure, _ in figures.values():
+        assert "rewound to step 50, 6 trials, unfinished: levels 0 to 16 of 20." in title_and_grey(figure)[1]
+    words = [text.get_text() for _, texts in figures.values() for text in texts] + [lth.summary(run)]
+    assert not [text for text in words if re.search("original (initial )?(weights|values)", text)]
+    assert "values of step 50, permuted" in words and "ticket from KMNIST" in words
+
+
+def test_a_folder_is_redrawn_to_the_byte_and_a_stale_figure_goes(tmp_path):
+    """From run.json, metrics.csv and mask.csv alone, whatever style and figures the user has."""
+    write(make(percent=PERCENT[:3]), tmp_path)
+    given = contents(tmp_path)
+    (tmp_path / "leads_plot.png").write_bytes(b"stale")
+    lth.redraw(tmp_path)
+    first = contents(tmp_path)
+    names = {"learning_curves", *ACCURACY, "supermask_plot", "mask_plot", "early_stopping_plot", "final_accuracy_plot"}
+    assert first.keys() == {*given, "networks.csv", "summary.md", *[f"{name}.png" for name in names]}
+    for name in names:
+        assert Image.open(io.BytesIO(first[f"{name}.png"])).size in ((1800, 1012), (1800, 1013))
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        lth.redraw(tmp_path)
+    assert contents(tmp_path) == first
+
+
+def test_folders_that_cannot_be_drawn_are_named_with_the_reason(tmp_path):
+    run = make(percent=PERCENT[:2])
+    unknown = run.records.replace({"arm": {"reinit": "mine"}})
+    lacking = run.records.drop(columns="val_loss")
+    for records, constants, reason in ((unknown, run.constants, "does not know: mine"), (run.records, {}, "DATASET"),
+                                       (lacking, run.constants, "val_loss")):
+        write(SimpleNamespace(info=run.info | {"constants": constants}, records=records, mask=run.mask), tmp_path)
+        with pytest.raises(lth.UserError, match=reason):
+            lth.redraw(tmp_path)
+    for name in ("run.json", "metrics.csv"):
+        write(run, tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(lth.UserError, match=name):
+            lth.redraw(tmp_path)
