@@ -1955,7 +1955,7 @@ def redraw(folder: str | Path) -> Run:
     """Write a results folder's networks.csv, summary.md and figures anew, from metrics.csv, run.json and mask.csv."""
     folder = resolve_path(folder)
     run = read_run(folder)
-    write_atomically(folder / "networks.csv", run.networks.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(folder / "networks.csv", to_csv(run.networks))
     write_atomically(folder / "summary.md", summary(run).encode())
     with matplotlib.style.context(STYLE, after_reset=True):                 # whatever style the user has set elsewhere
         for draw in FIGURES:
