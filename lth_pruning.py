@@ -1346,7 +1346,7 @@ def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tupl
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 SIZE = (12, 6.75)                         # inches, 16:9
-BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.78}       # of the axes; names of lines on their right
+BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.765}      # of the axes; names of lines on their right
 GREY = "0.35"                             # of what belongs to no arm
 DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
@@ -1381,10 +1381,10 @@ def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1
     """Return a figure with a title, a grey line that identifies the run, and a grid of axes in the same place."""
     figure = Figure(figsize=SIZE)                           # apart from pyplot: a notebook's own figures stay
     title = balance(capitalise(title).replace(" %", "\u00a0%"), 88)
-    grey = balance(f"{describe_run(run)}. {capitalise(shown)}", 145)
+    grey = f"{describe_run(run)}\n{capitalise(shown)}"
     height = 0.042 * (1 + title.count("\n"))
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
-    figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top")
+    figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top", linespacing=1.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
     return figure, axes
 
@@ -1710,7 +1710,7 @@ def mask_plot(run: Run) -> Figure | None:
     sparsest = shares[levels[-1]]
     title = (f"With {run.percent[levels[-1]]} of the weights, the brightest quarter of the pixels keeps "
              f"{100 * sparsest[bright].sum() / sparsest.sum():.0f} % of the connections (25 % by chance)")
-    figure, axes = new_figure(run, title, "Means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.78,
+    figure, axes = new_figure(run, title, "Means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.765,
                               hspace=0.17, wspace=0.02)
 
     picture, *panels = axes.flat

@@ -401,7 +401,7 @@ def test_late_and_unfinished_runs_say_so_everywhere():
     """What was trained for 50 steps is nowhere called original."""
     run, figures = drawn("all arms")
     for figure, _ in figures.values():
-        assert "rewound to step 50, 6 trials, unfinished: levels 0 to 16 of 20." in title_and_grey(figure)[1]
+        assert "rewound to step 50, 6 trials, unfinished: levels 0 to 16 of 20" in title_and_grey(figure)[1]
     words = [text.get_text() for _, texts in figures.values() for text in texts] + [lth.summary(run)]
     assert not [text for text in words if re.search("original (initial )?(weights|values)", text)]
     assert "values of step 50, permuted" in words and "ticket from KMNIST" in words
