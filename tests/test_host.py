@@ -26,20 +26,15 @@ HOSTS = {"double": lambda: torch.set_default_dtype(torch.float64), "no gradients
          "deterministic": lambda: torch.use_deterministic_algorithms(True)}
 
 
-def settings() -> str:
-    """Describe what numbers may depend on, in this process."""
-    return repr([torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-                 torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
-                 torch.get_float32_matmul_precision(), sys.float_info.min / 2])
-
-
 def state() -> list[str]:
-    """Describe all that a host may find changed, its random generators included."""
-    return [settings(), repr([
-        torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled(), torch.initial_seed(),
-        torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), os.getcwd(),
-        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), socket.getdefaulttimeout(),
-        matplotlib.get_backend(), sorted(matplotlib.rcParams.items(), key=str), sys.stdout.errors])]
+    """Describe what numbers may depend on in this process, and what else a host may find changed."""
+    return [repr([torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+                  torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
+                  torch.get_float32_matmul_precision(), sys.float_info.min / 2]),
+            repr([torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled(),
+                  torch.initial_seed(), torch.get_rng_state().tolist(), random.getstate(), os.getcwd(),
+                  np.random.get_state()[1].tolist(), signal.getsignal(signal.SIGINT), socket.getdefaulttimeout(),
+                  matplotlib.get_backend(), sorted(matplotlib.rcParams.items(), key=str), sys.stdout.errors])]
 
 
 @pytest.fixture
@@ -56,13 +51,13 @@ def test_numbers_do_not_depend_on_the_host_and_it_finds_what_it_has_set(small, t
     """To the bit, with dense and with sparse levels; the host's settings are back after an error, too."""
     run_here(small, tmp_path / "undisturbed", *RUN)
     with small.fixed_numerics(torch.device("cpu")):
-        expected = settings()
+        expected = state()[0]
     seen = []
     try:
         entered = HOSTS[host]()
         with entered if hasattr(entered, "__enter__") else contextlib.nullcontext():
             before = state()
-            with at_each_level(small, lambda _: seen.append(settings())):
+            with at_each_level(small, lambda _: seen.append(state()[0])):
                 run_here(small, tmp_path / "guest", *RUN)
             assert state() == before
             small.use(train=lambda *_: 1 / 0)
@@ -84,7 +79,6 @@ def test_importing_the_script_has_no_side_effects(tmp_path):
     code = f"""
 import json, os, random, signal, socket, sys
 import matplotlib, numpy as np, pandas, scipy.optimize, scipy.stats, seaborn, torch, torchvision, tqdm
-{inspect.getsource(settings)}
 {inspect.getsource(state)}
 before, variables = state(), dict(os.environ)
 import lth_pruning as lth

@@ -7,8 +7,6 @@ import torch
 from conftest import QUICK, load_copy, read_metrics, run_here
 from torch import nn
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize(("model", "weights", "biases"), [
     ("mlp", 784 * 300 + 300 * 100 + 100 * 10, 410), ("lenet", 150 + 2_400 + 400 * 120 + 120 * 84 + 84 * 10, 236)])
@@ -54,7 +52,7 @@ REFUSED = {
 def test_a_network_that_a_stack_cannot_train_is_refused(lth, kind):
     lth.use(build_network=lambda *_: REFUSED[kind]())
     with pytest.raises(lth.UserError, match=r"^the network in build_network cannot be trained in a stack: [^\n]*$"):
-        lth.check_network(CPU)
+        lth.check_network(torch.device("cpu"))
 
 
 def test_a_network_of_ones_own_is_trained_and_pruned(few, tmp_path):
