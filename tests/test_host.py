@@ -97,8 +97,7 @@ print(json.dumps({{name: text for name, text in os.environ.items() if variables.
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 @pytest.mark.parametrize(("rewind_step", "density"), [(0, 1), (3, 0.1)])
 def test_devices_are_not_mixed(lth, monkeypatch, model, rewind_step, density):
-    """On tensors without memory that say they are on a GPU, PyTorch raises if one on the CPU is among them. Nothing is
-    sparse there, and what training returns is on the CPU."""
+    """On tensors that pretend to be on a GPU, PyTorch raises if one is on the CPU. Nothing is sparse there."""
     draw = lth.generator
     lth.use(MODEL=model, REWIND_STEP=rewind_step, BATCH_SIZE=8, EVAL_EVERY=4, EPOCHS=1, steps_per_epoch=lambda: 6,
             generator=lambda purpose, trial=0, level=0, _device="cpu": draw(purpose, trial, level),

@@ -12,8 +12,7 @@ from torch import nn
     ("mlp", 784 * 300 + 300 * 100 + 100 * 10, 410), ("lenet", 150 + 2_400 + 400 * 120 + 120 * 84 + 84 * 10, 236)])
 @pytest.mark.parametrize("init", ["kaiming_normal", "xavier_normal"])
 def test_networks_have_the_literatures_sizes_and_initial_weights(lth, model, weights, biases, init):
-    """266,200 weights are the paper's 266K. He's variance is by a unit's inputs, Glorot's by the mean of inputs and
-    outputs, but for four standard errors."""
+    """266,200 are the paper's 266K. He's variance is 2 / inputs, Glorot's 2 / (inputs + outputs)."""
     lth.use(MODEL=model, INIT=init)
     network = lth.build_network(model, 0.2)
     drawn = lth.initial_weights(torch.Generator().manual_seed(1))

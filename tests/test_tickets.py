@@ -31,8 +31,7 @@ def without_smallest(values: torch.Tensor, mask: torch.Tensor, count: int) -> to
 
 @pytest.mark.parametrize(("model", "scope"), [("mlp", "layer"), ("lenet", "layer"), ("mlp", "global")])
 def test_pruning_removes_what_pytorch_removes(lth, model, scope):
-    """Over four levels, with new weights at each: what was pruned stays so. Layer by layer, half the rate in
-    convolutions and the output layer; a global scope has one rate, and must leave every layer some weight."""
+    """Over four levels, with new weights at each: what was pruned stays so. A layer must keep some weight."""
     lth.use(MODEL=model, PRUNE_RATE=0.3, PRUNE_SCOPE=scope)
     plain = lth.build_network(model, 0).to_empty(device="cpu")
     rates = lth.prune_rates(plain)
@@ -110,9 +109,8 @@ def run(request):
 def fresh(run, purpose: str, trial: int, level: int = 0) -> dict:
     """Draw He's initial weights with a purpose's random numbers, a second time; biases are zero."""
     rng = seeded(purpose, trial, level)
-    return {name: torch.zeros(tensor.shape) if "bias" in name
-            else torch.empty(tensor.shape).normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=rng)
-            for name, tensor in run.plain.named_parameters()}
+    return {name: torch.zeros(tensor.shape) if "bias" in name else torch.empty(tensor.shape).normal_(
+        0, (2 / tensor[0].numel()) ** 0.5, generator=rng) for name, tensor in run.plain.named_parameters()}
 
 
 def check_start(run, arm: str, trial: int, level: int, weights: dict, masks: dict) -> None:
