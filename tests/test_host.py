@@ -22,7 +22,7 @@ RUN = (*QUICK, "BATCH_SIZE=100", "VALIDATION_SIZE=1000")
 HOSTS = {"double": lambda: torch.set_default_dtype(torch.float64), "no gradients": torch.no_grad,
          "medium": lambda: torch.set_float32_matmul_precision("medium"), "inference": torch.inference_mode,
          "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "meta": lambda: torch.device("meta"),
-         "flushed": lambda: torch.set_flush_denormal(True),
+         "denormals": lambda: torch.set_flush_denormal(False), "flushed": lambda: torch.set_flush_denormal(True),
          "deterministic": lambda: torch.use_deterministic_algorithms(True)}
 
 
