@@ -8,7 +8,7 @@ ratios. Each step gathers a batch, applies dropout, masks and clips gradients, a
 
 stack     `train` itself: ten LeNet-300-100 (two arms of five trials), with so many of their weights left
 plain     one network at a time, as PyTorch's documentation writes it, masks by torch.nn.utils.prune
-jax       the ten networks by vmap, steps by scan, compiled; if JAX is installed
+jax       the ten networks by vmap, steps by scan, compiled, on all CPUs; if JAX is installed
 products  the matrix products of a dense step alone, ten networks at once: what a dense step cannot go below
 """
 
@@ -38,7 +38,7 @@ except ImportError:
     jax = None
 
 CPU = torch.device("cpu")
-ROUNDS = 9
+ROUNDS = 15
 STEPS = 30                              # of each timing
 LEVELS = (0, 7, 12, 15, 16)             # 100, 21.1, 7.0, 3.6 and 2.8 % of the weights
 NETWORKS = [(arm, trial) for trial in range(5) for arm in ("rewind", "reinit")]

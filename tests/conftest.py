@@ -27,6 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 QUICK = ("TRIALS=1", "LEVELS=2", "PRUNE_RATE=0.6", "EPOCHS=1", "BATCH_SIZE=500", "VALIDATION_SIZE=59000")
 
 
+def pytest_configure(config) -> None:
+    """Unpack MNIST before there are several processes, of which one could read what another has half unpacked."""
+    if not hasattr(config, "workerinput"):                  # pytest-xdist's
+        lth_pruning.read_images()
+
+
 def command(folder: Path, *arguments: str) -> list[str]:
     """Return the command line of a run that writes to a folder, on the CPU: only there are results bit-identical."""
     return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]

@@ -68,8 +68,7 @@ DAMAGE = {
 @pytest.mark.parametrize(("name", "how"), [
     *product([FILES[0]], DAMAGE), (FILES[3], "bit"), *product([GZIPPED[2]], DAMAGE)])
 def test_a_file_that_is_damaged_or_missing_is_refused(lth, raw, name, how):
-    """torchvision verifies no unpacked files: it believes them, or fails over them in many ways, each with a reason.
-    There are either the unpacked files or the archives, and no network."""
+    """There are either the unpacked files, which torchvision does not verify, or the archives; and no network."""
     if name in FILES:
         lth.read_images()
         for archive in GZIPPED:
@@ -84,23 +83,16 @@ def test_a_file_that_is_damaged_or_missing_is_refused(lth, raw, name, how):
     assert name in FILES or "urlopen error" in sentence
 
 
-def test_another_datasets_files_are_refused(lth, raw):
-    """Fashion-MNIST's have the same names and sizes as MNIST's. So is a DATA_DIR that is no folder."""
-    lth.read_images()
-    fashion = raw.parents[1] / "FashionMNIST" / "raw"
-    shutil.copytree(raw, fashion)
-    lth.use(DATASET="FashionMNIST")
-    assert refusal(lth).startswith(f"the unpacked files in {fashion} are not FashionMNIST, or are damaged: remove ")
-    lth.use(DATA_DIR=str(raw / GZIPPED[0]))
-    assert refusal(lth).startswith(f"FashionMNIST could not be read from {raw / GZIPPED[0]}/FashionMNIST/raw (")
-
-
-def test_archives_are_unpacked_without_a_network(lth, raw, mnist, capsys):
-    """A download is announced only if there is something to download. By default, 5,000 images are held out."""
+def test_archives_are_unpacked_without_a_network_and_another_datasets_are_refused(lth, raw, mnist, capsys):
+    """A download is announced only if there is something to download. Fashion-MNIST's files have MNIST's names."""
     data = lth.load_dataset(CPU)
     assert all(torch.equal(data[part][n], mnist[part][n]) for part in mnist for n in (0, 1))
-    assert {part: len(labels) for part, (_, labels) in data.items()} == {
-        "train": 55_000, "validation": 5_000, "test": 10_000}
+    assert [len(data[part][1]) for part in ("train", "validation", "test")] == [55_000, 5_000, 10_000]
     assert {path.name for path in raw.iterdir()} == {*FILES, *GZIPPED} and capsys.readouterr().out == ""
+    lth.use(DATASET="FashionMNIST")
+    fashion = raw.parents[1] / "FashionMNIST" / "raw"
+    shutil.copytree(raw, fashion)
+    assert refusal(lth).startswith(f"the unpacked files in {fashion} are not FashionMNIST, or are damaged: remove ")
     shutil.rmtree(raw)
+    lth.use(DATASET="MNIST")
     assert "urlopen error" in refusal(lth) and capsys.readouterr().out == f"downloading MNIST to {raw}\n"

@@ -26,20 +26,15 @@ HOSTS = {"double": lambda: torch.set_default_dtype(torch.float64), "no gradients
          "deterministic": lambda: torch.use_deterministic_algorithms(True)}
 
 
-def settings() -> str:
-    """Describe what numbers may depend on, in this process."""
-    return repr([torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
-                 torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
-                 torch.get_float32_matmul_precision(), sys.float_info.min / 2])
-
-
 def state() -> list[str]:
-    """Describe all that a host may find changed, its random generators included."""
-    return [settings(), repr([
-        torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled(), torch.initial_seed(),
-        torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), os.getcwd(),
-        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), socket.getdefaulttimeout(),
-        matplotlib.get_backend(), sorted(matplotlib.rcParams.items(), key=str), sys.stdout.errors])]
+    """Describe what numbers may depend on in this process, and what else a host may find changed."""
+    return [repr([torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+                  torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
+                  torch.get_float32_matmul_precision(), sys.float_info.min / 2]),
+            repr([torch.backends.cudnn.deterministic, torch.are_deterministic_algorithms_enabled(),
+                  torch.initial_seed(), torch.get_rng_state().tolist(), random.getstate(), os.getcwd(),
+                  np.random.get_state()[1].tolist(), signal.getsignal(signal.SIGINT), socket.getdefaulttimeout(),
+                  matplotlib.get_backend(), sorted(matplotlib.rcParams.items(), key=str), sys.stdout.errors])]
 
 
 @pytest.fixture
@@ -56,13 +51,13 @@ def test_numbers_do_not_depend_on_the_host_and_it_finds_what_it_has_set(small, t
     """To the bit, with dense and with sparse levels; the host's settings are back after an error, too."""
     run_here(small, tmp_path / "undisturbed", *RUN)
     with small.fixed_numerics(torch.device("cpu")):
-        expected = settings()
+        expected = state()[0]
     seen = []
     try:
         entered = HOSTS[host]()
         with entered if hasattr(entered, "__enter__") else contextlib.nullcontext():
             before = state()
-            with at_each_level(small, lambda _: seen.append(settings())):
+            with at_each_level(small, lambda _: seen.append(state()[0])):
                 run_here(small, tmp_path / "guest", *RUN)
             assert state() == before
             small.use(train=lambda *_: 1 / 0)
@@ -84,7 +79,6 @@ def test_importing_the_script_has_no_side_effects(tmp_path):
     code = f"""
 import json, os, random, signal, socket, sys
 import matplotlib, numpy as np, pandas, scipy.optimize, scipy.stats, seaborn, torch, torchvision, tqdm
-{inspect.getsource(settings)}
 {inspect.getsource(state)}
 before, variables = state(), dict(os.environ)
 import lth_pruning as lth
@@ -103,8 +97,7 @@ print(json.dumps({{name: text for name, text in os.environ.items() if variables.
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 @pytest.mark.parametrize(("rewind_step", "density"), [(0, 1), (3, 0.1)])
 def test_devices_are_not_mixed(lth, monkeypatch, model, rewind_step, density):
-    """On tensors without memory that say they are on a GPU, PyTorch raises if one on the CPU is among them. Nothing is
-    sparse there, and what training returns is on the CPU."""
+    """On tensors that pretend to be on a GPU, PyTorch raises if one is on the CPU. Nothing is sparse there."""
     draw = lth.generator
     lth.use(MODEL=model, REWIND_STEP=rewind_step, BATCH_SIZE=8, EVAL_EVERY=4, EPOCHS=1, steps_per_epoch=lambda: 6,
             generator=lambda purpose, trial=0, level=0, _device="cpu": draw(purpose, trial, level),
