@@ -178,30 +178,6 @@ def test_only_constants_that_change_no_number_may_differ(lth):
     assert type(identity(lth)["WEIGHT_DECAY"]) is float     # 0 and 0.0 are the same
 
 
-def test_redraw_needs_only_records_and_says_what_is_missing(lth, few, tmp_path):
-    """Without checkpoint, tickets and summary it gives the same files; a figure that does not apply is deleted."""
-    run_here(lth, tmp_path, *QUICK)
-    expected = contents(tmp_path)
-    for name in ("checkpoint.pt", "tickets.pt", "summary.md", "networks.csv", "mask_plot.png"):
-        (tmp_path / name).unlink()
-        expected.pop(name) if name.endswith(".pt") else None
-    (tmp_path / "leads_plot.png").write_bytes(b"of arms that the run does not have")
-    lth.redraw(tmp_path)
-    assert contents(tmp_path) == expected
-    assert lth.constants()["PRUNE_RATE"] == 0.2             # the module's own are left alone
-
-    metrics = (tmp_path / "metrics.csv").read_text()
-    for name, content, sentence in (
-            ("metrics.csv", "arm,level\nrewind,1\n", "holds no run that can be drawn"),
-            ("metrics.csv", "", "holds no run that can be drawn"),
-            ("metrics.csv", metrics.replace("reinit", "permute"), "arms that ARM_TABLE does not know: permute"),
-            ("run.json", "{}", "holds no run that can be drawn")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(lth.UserError, match=sentence):
-            lth.redraw(tmp_path)
-        (tmp_path / name).write_bytes(expected[name])
-
-
 def test_the_table_of_networks_is_tidy_and_the_mask_table_counts_connections(lth, undrawn, tmp_path):
     run_here(lth, tmp_path, *QUICK)
     networks = pd.read_csv(tmp_path / "networks.csv")
