@@ -43,8 +43,8 @@ def read_networks(folders: str) -> pd.DataFrame:
 
 def of_arm(networks: pd.DataFrame, arm: str, level: int, column: str) -> pd.Series:
     """Return a column of one arm at a level, by trial; dense networks are those of level 0."""
-    if arm == "dense":
-        level = 0
+    if arm == "dense" or level == 0:
+        arm, level = "dense", 0
     return networks.loc[(arm, level), column]
 
 
