@@ -95,8 +95,8 @@ REWIND_STEP: int = 0                  # rewind to the weights after this many st
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
 SEED: int = 42                        # one seed, one result
 
-# Training: the same for every network, dense or pruned. (The paper: Adam, Glorot's weights, batches of 60 for 50,000
-# steps, neither dropout nor gradient clipping.)
+# Training: the same for every network, dense or pruned. (The paper: Adam, Glorot initialisation, batches of 60 for
+# 50,000 steps, neither dropout nor gradient clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
 EPOCHS: int = 3                       # short: most networks would still improve, so part of any lead is learning speed
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
@@ -181,7 +181,8 @@ def stacks(state: State, level: int, source_tickets: dict[int, tuple[Weights, Le
            device: torch.device) -> Iterator[tuple[list[Network], Stack, Stack]]:
     """Yield the networks of a level, one stack after the other, with the weights and masks that they start from.
 
-    The networks of a stack start at the same step and have the same layers sparse. The arms of a trial are neighbours.
+    The networks of a stack start at the same step and are sparse in the same layers. The arms of a trial are
+    neighbours.
     """
     size = STACK_SIZE
     if size is None:
@@ -246,7 +247,7 @@ def record(found: State, networks: list[Network], masks: Stack, rewind_weights: 
 
 
 def merge(state: State, parts: list[State]) -> None:
-    """Update the state with the results of a level, of one part per process. Raises UserError if levels differ."""
+    """Update the state with the results of a level, one part per process. Raises UserError if levels differ."""
     if len({part.level for part in parts}) > 1:
         raise UserError("the processes of this run are at different levels: stop all of them and start them again.")
     arms = ["dense", *ARMS]
@@ -264,7 +265,7 @@ def merge(state: State, parts: list[State]) -> None:
 def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
     """Return an independent stream of random numbers for a purpose, trial and level.
 
-    So trial k is the same among 5 trials and among 50.
+    Trial k is therefore the same whether 5 or 50 are run.
     """
     seeds = np.random.SeedSequence([SEED, trial, level, *purpose.encode()])
     seed = int(seeds.generate_state(1, np.uint64)[0])
@@ -336,7 +337,7 @@ def read_images() -> list[tuple[Tensor, Tensor]]:
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 def build_network(model: str, dropout: float) -> nn.Sequential:
-    """Return one plain network, without memory for its weights; `forward` walks its layers to run many at once.
+    """Return one plain network, without allocating its weights; `forward` walks its layers to run many at once.
 
     Its `name` is what figures and tables call it. Raises UserError for an unknown model.
     """
@@ -498,7 +499,7 @@ def as_plain_network(network: nn.Sequential, weights: Weights) -> nn.Sequential:
 # repeated for each arm. Everything outside the blocks, and every pruned weight within, is left out (compressed rows,
 # CSR). Pruned weights are zero and stay zero, so gradients are needed at the survivors alone.
 
-SPARSE_BELOW = 0.23                   # share of a layer's weights, above which dense products are as fast
+SPARSE_BELOW = 0.23                   # share of a layer's weights above which dense products are at least as fast
 
 
 class Survivors(NamedTuple):
@@ -506,7 +507,7 @@ class Survivors(NamedTuple):
     mask: Tensor                          # (nets, out, in)
     row_starts: Tensor                    # (nets * out + 1,): how many survivors come before each row
     columns: dict[int, Tensor]            # by number of input sets: each survivor's column, (survivors of all nets,)
-    by_column: Tensor                     # the survivors' numbers ordered by column and row: those of the transpose
+    by_column: Tensor                     # the survivors' indices in the order of the transpose: by column and row
     column_starts: Tensor                 # (nets * in + 1,)
     rows: Tensor                          # each survivor's row, ordered by column and row
 
@@ -577,7 +578,7 @@ def sparse_counts(masks: Stack, device: torch.device) -> dict[str, Tensor]:
 def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) -> list[list[int]]:
     """Group the networks of a stack, by index, into those that store equally many survivors in every layer.
 
-    In each group all trials have equally many networks, as `train` needs it.
+    In each group all trials have equally many networks, as `train` requires.
     """
     counts = sparse_counts(masks, device)
     keys = [(trial, *[int(count[n]) for count in counts.values()]) for n, (_, trial) in enumerate(networks)]
@@ -589,7 +590,7 @@ def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) 
 
 
 def sparse_layers(masks: Stack, sets: set[int], device: torch.device) -> dict[str, Survivors]:
-    """Find the survivors of the layers of which all networks store equally many."""
+    """Find the survivors of the layers in which all networks store equally many."""
     return {name: find_survivors(masks[name], sets) for name, count in sparse_counts(masks, device).items()
             if count.min() == count.max() > 0}
 
@@ -666,7 +667,7 @@ def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -
 
 
 def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Return the mask, of any shape, without the `count` survivors of smallest magnitude; ties go by index."""
+    """Return the mask, of any shape, without the `count` survivors of smallest magnitude; ties are broken by index."""
     magnitude = weights.abs().masked_fill(mask == 0, torch.inf).flatten()
     smallest = magnitude.argsort(stable=True)[:count]
     return mask.flatten().scatter(0, smallest, 0).view(mask.shape)
@@ -833,7 +834,7 @@ def first_step(arm: str) -> int:
 #   2. The networks of a trial are neighbours in a stack, and see the same batches and dropout masks.
 #   3. The loss is the sum over the networks, so that each one gets just its own gradient, unscaled.
 #   4. Pruned weights start at zero and their gradients are masked before clipping, so they stay exactly zero: in a
-#      fresh AdamW, their moments stay zero, and decay maps 0 to 0. Sparse layers do without them.
+#      fresh AdamW, their moments stay zero, and decay maps 0 to 0. Sparse layers store no such weights.
 #   5. Every random number comes from a generator for its purpose, trial and level.
 
 def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], level: int,
@@ -841,9 +842,10 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
     """Train a stack of networks, all arms of a trial side by side.
 
     Networks that start at REWIND_STEP take the remaining steps only, with the batches and dropout that those steps
-    would have used. Returns the weights at REWIND_STEP, the trained weights, and for each evaluation, the first one
-    before any step, (step, train_loss, val_loss, val_accuracy, test_accuracy), all but the step (nets,) on the CPU;
-    train_loss is the mean over the batches since the previous evaluation. Raises UserError if a loss is not finite.
+    would have used. Returns the weights at REWIND_STEP, the trained weights, and a tuple per evaluation, beginning
+    before any step: (step, train_loss, val_loss, val_accuracy, test_accuracy). The metrics are CPU tensors of shape
+    (nets,); train_loss is the mean over the batches since the previous evaluation. Raises UserError if a loss is not
+    finite.
     """
     network = build_network(MODEL, DROPOUT)
     images, labels = data["train"]
@@ -915,7 +917,7 @@ def train(weights: Stack, masks: Stack, data: Dataset, networks: list[Network], 
 
 
 def evaluation_steps(last_step: int) -> set[int]:
-    """Return the steps after which to evaluate: many early ones, for accuracy rises fastest at the start."""
+    """Return the steps after which to evaluate: more of them early on, since accuracy rises fastest at the start."""
     return {25, 50, 100, last_step, *range(EVAL_EVERY, last_step, EVAL_EVERY)}
 
 
@@ -1061,7 +1063,7 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
-        # Decaying moments of AdamW become denormal, which is slow. PyTorch does not tell whether they are flushed.
+        # Decaying moments of AdamW become denormal, which is slow. PyTorch cannot report this setting.
         restored.callback(torch.set_flush_denormal, sys.float_info.min / 2 == 0)
         torch.set_flush_denormal(True)
         restored.enter_context(torch.inference_mode(False))
@@ -1077,7 +1079,7 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 
 # ======================================================================================================================
 # End of the code that determines the numbers. Below: reporting only. The sha256 sum of the code from the experiment to
-# this line, without comments and docstrings, is a version's name: figures and texts can be improved without it.
+# this line, without comments and docstrings, identifies the version: figures and texts can change without changing it.
 # ======================================================================================================================
 
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
@@ -1508,14 +1510,14 @@ def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], colu
     """Draw the main arms' leads over the dense networks, and the bounds that decide."""
     leads = pd.concat([compare(run, arm, "dense", column) for arm in table["arm"].unique()])
     top = max(0.5, 1.1 * leads["mean"].max(), min(2.5, 1.1 * np.nan_to_num(leads["high"].max())))
-    axes.set(ylim=(-1.05, top), ylabel="lead (points)")
+    axes.set(ylim=(-1.05, top), ylabel="lead over dense\nnetworks (points)")
     axes.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
 
     axes.axhline(0, color=GREY, linestyle="--")
     names = {"dense network": 0}
     if run.trials > 2:                                      # fewer trials have no interval
         axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
-        names = {"lower end above 0: better": 0, f"lower end above -{MATCHING_MARGIN}: as good": -MATCHING_MARGIN}
+        names = {"whole interval above 0: better": 0, f"whole interval above -{MATCHING_MARGIN}: as good": -MATCHING_MARGIN}
     drawn = table[table["arm"].isin(shown)]
     if len(drawn):
         ends = draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval, markevery=slice(-1),
@@ -1562,6 +1564,7 @@ def supermask_plot(run: Run) -> Figure | None:
     table = run.lines[run.lines["arm"] != "finetune"]       # it has been trained
     ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
     guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
+    axes.plot(100, averages.loc[0, "dense"], "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
     names = ",\n".join([label(run, arm) for arm in guessing])
     chance = f"chance, 10 %:\n{names}" if guessing else "chance, 10 %"
     name_lines(axes, run, {chance: 10} | {arm: end for arm, end in ends.items() if arm not in guessing})
@@ -1612,7 +1615,7 @@ def leads_plot(run: Run) -> Figure | None:
     title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {controls}"
     if beaten and len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
-    note = f"{run.intervals}; grey: at most {MATCHING_MARGIN} points behind"
+    note = f"{run.intervals}; grey: tickets at most {MATCHING_MARGIN} points behind"
     if run.trials < 3:
         title = "Leads of tickets: too few trials to decide"
         note = run.intervals
@@ -1642,7 +1645,7 @@ def leads_plot(run: Run) -> Figure | None:
     axes.set_yticks(range(len(arms)), [label(run, arm) for arm in arms])
     for text, arm in zip(axes.get_yticklabels(), arms, strict=True):
         text.set_color(text_colour(arm))
-    axes.set(xlabel="lead of the tickets in test accuracy (points)", ylabel="")
+    axes.set(xlabel="lead of the tickets over each of them in test accuracy (points)", ylabel="")
     axes.grid(axis="x")
     sns.move_legend(axes, "lower right", bbox_to_anchor=(1, 0.98), ncols=3, title=None, frameon=False)
     return figure
@@ -1654,7 +1657,7 @@ def early_stopping_plot(run: Run) -> Figure | None:
         return None
     table = run.stops
     late = [arm for arm in ("dense", *run.arms) if table.loc[arm, "missing"].any()]
-    note = f"medians and ranges; above: how many of the {run.trials} trials did not stop early"
+    note = f"medians and ranges; above: how many of {run.trials} networks have not reached their early stop"
     figure, axes = new_figure(run, steps_title(run), note, 2, height_ratios=(len(late) + 1, 16), hspace=0.05)
     strip, lower = axes[:, 0]
     strip.set(ylim=(0.4 - max(1, len(late)), 0.6), yticks=[])
@@ -1708,9 +1711,10 @@ def mask_plot(run: Run) -> Figure | None:
     image = run.mask.groupby("pixel")["mean_intensity"].first()
     bright = image.nlargest(len(image) // 4).index
     sparsest = shares[levels[-1]]
-    title = (f"With {run.percent[levels[-1]]} of the weights, the brightest quarter of the pixels keeps "
-             f"{100 * sparsest[bright].sum() / sparsest.sum():.0f} % of the connections (25 % by chance)")
-    figure, axes = new_figure(run, title, "Means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.765,
+    share = f"{100 * sparsest[bright].sum() / sparsest.sum():.0f} %"
+    title = (f"With {run.percent[levels[-1]]} of the weights, {share} of the first layer's remaining connections are at "
+             "the brightest quarter of the pixels (25 % by chance)")
+    figure, axes = new_figure(run, title, "connections kept at a pixel, relative to the average of all pixels; means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.765,
                               hspace=0.17, wspace=0.02)
 
     picture, *panels = axes.flat
@@ -1883,7 +1887,7 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 HOW_TO_READ = f"""## How to read this page
 
 - *Rewind* is the ticket: the surviving connections with their original weights. *Reinit* has the same connections with
-  fresh random weights. Every other arm is a control, too.
+  fresh random weights. Reinit, like every arm but rewind, is a control.
 - Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Steps are medians
   of the step of early stop. *Not reached*: the lowest loss came in the last 5 % of the training or at one of the last
   two evaluations, so that the network may still have been improving when training ended.
@@ -1897,8 +1901,8 @@ HOW_TO_READ = f"""## How to read this page
 | Does x stop before y? | exact sign test, 2.5 % on each side | likewise |
 
 - The {MATCHING_MARGIN} points are a non-inferiority margin of our choice. "Does x match y?" is answered *behind, size
-  open* if the interval is below 0 and contains -{MATCHING_MARGIN}. All else is *inconclusive*.
-- The sign test counts ties, and pairs of which neither was reached, as failures of both.
+  open* if the interval is below 0 and contains -{MATCHING_MARGIN}. Anything else is *inconclusive*.
+- The sign test counts ties, and pairs in which neither network reached its early stop, as failures of both.
 - In tables by level, x is *ahead* (interval above 0), *as good* (above -{MATCHING_MARGIN}), *behind* (below 0 and not
   as good) or *inconclusive*.
 - Intervals hold for one test set and one validation split, and for each level by itself. Fewer than three trials, or
@@ -2278,7 +2282,7 @@ def report_level(state: State, seconds: float) -> None:
     networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
     networks = networks[networks["level"] == state.level]
     percent = networks["weights_remaining"].iloc[0]
-    means = networks.groupby("arm")["test_accuracy"].mean()
+    means = networks.groupby("arm")["test_accuracy"].mean().round(6)
     cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in table_columns()]
     minutes = 0.0
     if network_steps(state.level) > 0:                      # a process may have no trial

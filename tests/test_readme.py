@@ -76,14 +76,14 @@ def level_of(networks: pd.DataFrame, words: str) -> int:
 
 
 def claim_cell(folder: str, text: str) -> str:
-    """Return how the table of claims shows what a run says: bold if supported, struck out if contradicted."""
+    """Return how the table of claims shows what a run says: marked by the answer."""
     run = lth_pruning.read_run(ROOT / "results" / folder)
     (claim,) = [claim for claim in lth_pruning.PAPER_CLAIMS if claim.text == text]
     if lth_pruning.why_untested(run, claim):
         return ""
     number, answer = lth_pruning.judge(run, claim)
     number = re.sub(r"sooner in (\d+ of \d+).*", r"\1", number)
-    marks = {"supported": "**", "contradicted": "~~"}.get(answer, "")
+    marks = {"supported": "**", "contradicted": "~~", "behind, size open": "*"}.get(answer, "")
     return f"{marks}{number}{marks}"
 
 

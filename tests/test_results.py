@@ -389,7 +389,7 @@ def test_too_few_trials_have_no_intervals_and_decide_nothing(name):
     assert run.trials < 3
     for file, (figure, texts) in figures.items():
         words = " ".join([text.get_text() for text in texts])
-        assert not re.search(r"95 % confidence|lower end|\b(beat|match|fall)\b", words), file
+        assert not re.search(r"95 % confidence|whole interval|\b(beat|match|fall)\b", words), file
         strips = [patch for patch in figure.findobj(Rectangle) if 0.2 in (patch.get_width(), patch.get_height())]
         assert not strips, file
     assert "ranges" not in " ".join(title_and_grey(drawn("one trial")[1]["comparison_plot"][0]))
