@@ -1517,7 +1517,8 @@ def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], colu
     names = {"dense network": 0}
     if run.trials > 2:                                      # fewer trials have no interval
         axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
-        names = {"whole interval above 0: better": 0, f"whole interval above -{MATCHING_MARGIN}: as good": -MATCHING_MARGIN}
+        as_good = f"whole interval above -{MATCHING_MARGIN}: as good"
+        names = {"whole interval above 0: better": 0, as_good: -MATCHING_MARGIN}
     drawn = table[table["arm"].isin(shown)]
     if len(drawn):
         ends = draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval, markevery=slice(-1),
@@ -1712,10 +1713,11 @@ def mask_plot(run: Run) -> Figure | None:
     bright = image.nlargest(len(image) // 4).index
     sparsest = shares[levels[-1]]
     share = f"{100 * sparsest[bright].sum() / sparsest.sum():.0f} %"
-    title = (f"With {run.percent[levels[-1]]} of the weights, {share} of the first layer's remaining connections are at "
-             "the brightest quarter of the pixels (25 % by chance)")
-    figure, axes = new_figure(run, title, "connections kept at a pixel, relative to the average of all pixels; means over trials", 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.765,
-                              hspace=0.17, wspace=0.02)
+    title = (f"With {run.percent[levels[-1]]} of the weights, {share} of the first layer's remaining connections are "
+             "at the brightest quarter of the pixels (25 % by chance)")
+    note = "connections kept at a pixel, relative to the average pixel; means over trials"
+    figure, axes = new_figure(run, title, note, 2, 3, left=0.02, right=0.98, bottom=0.03, top=0.765, hspace=0.17,
+                              wspace=0.02)
 
     picture, *panels = axes.flat
     picture.imshow(image.to_numpy().reshape(28, 28), cmap="gray")
