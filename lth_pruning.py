@@ -38,6 +38,7 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -66,8 +67,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, to_rgb
+from matplotlib.colors import LogNorm, is_color_like, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
@@ -1904,7 +1906,7 @@ HOW_TO_READ = f"""## How to read this page
 
 - The {MATCHING_MARGIN} points are a non-inferiority margin of our choice. "Does x match y?" is answered *behind, size
   open* if the interval is below 0 and contains -{MATCHING_MARGIN}. Anything else is *inconclusive*.
-- The sign test counts ties, and pairs in which neither network reached its early stop, as failures of both.
+- The sign test counts ties, and pairs in which neither network stopped early, as failures of both.
 - In tables by level, x is *ahead* (interval above 0), *as good* (above -{MATCHING_MARGIN}), *behind* (below 0 and not
   as good) or *inconclusive*.
 - Intervals hold for one test set and one validation split, and for each level by itself. Fewer than three trials, or
@@ -1978,20 +1980,25 @@ def redraw(folder: str | Path) -> Run:
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
-RESULT_FILES = ("checkpoint.pt", "metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.json", "summary.md",
-                *[f"{draw.__name__}.png" for draw in FIGURES])
+RESULT_FILES = ("metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.json", "summary.md",
+                *[f"{draw.__name__}.png" for draw in FIGURES], "checkpoint.pt")
 
 
-def code_version(source: str) -> str:
-    """Return the sha256 of the code from the experiment to the banner, without comments, docstrings and blank lines."""
+def numbers_code(source: str) -> str:
+    """Return the code from the experiment to the banner, without comments, docstrings and blank lines."""
     code = source.split("\n# ---- Experiment")[1].split("\n# ====")[0]
     code = re.sub(r'"""[\s\S]*?"""', "", code)
     code = re.sub(r"(^|\s+)#( .*)?$", "", code, flags=re.MULTILINE)         # a colour, "#0173b2", is no comment
-    lines = [line for line in code.splitlines() if line.strip()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return "\n".join([line for line in code.splitlines() if line.strip()])
 
 
-VERSION = code_version(Path(__file__).read_text(encoding="utf-8"))          # now: the file may be edited while it runs
+def sha256(text: str) -> str:
+    """Return a sum that identifies a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+CODE = numbers_code(Path(__file__).read_text(encoding="utf-8"))             # now: the file may be edited while it runs
+VERSION = sha256(CODE)
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -2000,13 +2007,12 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | dict) -> None:
-    """Write bytes, or tensors by torch.save, under a temporary name, then rename: even if the process is killed, no
-    half-written file is seen."""
+    """Write bytes, or tensors by torch.save, to a temporary file and rename it: a kill leaves no half-written file."""
     if isinstance(content, dict):
         buffer = io.BytesIO()                               # if the disk is full, torch.save would hide the OSError
         torch.save(content, buffer)
         content = buffer.getvalue()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -2019,8 +2025,13 @@ def write_atomically(path: Path, content: bytes | dict) -> None:
 def load_verified(path: Path) -> dict:
     """Load what torch.save wrote. Raises BadZipFile for damaged files; torch.load does not verify checksums."""
     content = io.BytesIO(path.read_bytes())
-    archive = zipfile.ZipFile(content)
-    if archive.testzip() is not None or not any(name.endswith("/data.pkl") for name in archive.namelist()):
+    try:
+        damaged = zipfile.ZipFile(content).testzip() is not None
+    except Exception as error:                              # a damaged zip archive can fail in many ways
+        if out_of_memory(error):
+            raise
+        damaged = True
+    if damaged:
         raise zipfile.BadZipFile
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
@@ -2059,6 +2070,11 @@ def identify(info: dict, device: torch.device) -> dict:
                  "torch": info["versions"]["torch"], "kind of device": device.type}
     if info["tickets_from"]:
         identity["TICKETS_FROM"] = info["tickets_from"]["sha256"]
+    for arm in ARMS:                                        # a user's own may be defined below the banner, or elsewhere
+        start = ARM_TABLE[arm].start
+        if f"def {start.__name__}(given: Given)" not in CODE:
+            with contextlib.suppress(OSError):              # typed in an interpreter, it has no source
+                identity[f"arm {arm}"] = sha256(inspect.getsource(start))
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
         identity["number of threads"] = info["threads"]
     return identity
@@ -2072,7 +2088,7 @@ def read_checkpoint(folder: Path) -> tuple[dict, State]:
     try:
         saved = load_verified(path)
         return saved["identity"], State(**saved["state"])
-    except (zipfile.BadZipFile, pickle.UnpicklingError, LookupError, TypeError):
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, TypeError):
         return {}, State()
 
 
@@ -2133,13 +2149,13 @@ def mask_table(pruned_at: Tensor, images: Tensor, last_level: int) -> pd.DataFra
     mean_image = images.mean(0).flatten().cpu().numpy()
     tables = []
     for level in range(last_level + 1):
-        share = masks_at({"first layer": pruned_at}, level)["first layer"].mean((0, 1)).numpy()     # (pixels,)
+        share = ((pruned_at == 0) | (pruned_at > level)).float().mean((0, 1)).numpy()               # (pixels,)
         tables.append(pd.DataFrame({"level": level, "pixel": np.arange(len(share)), "share_remaining": share,
                                     "mean_intensity": mean_image}))
     return pd.concat(tables).round(4)
 
 
-# ---- Tickets that are kept -------------------------------------------------------------------------------------------
+# ---- Saved tickets ---------------------------------------------------------------------------------------------------
 
 def load_tickets(path: str | Path) -> dict:
     """Return the contents of a tickets.pt: its run's constants, theta0, and the level at which each weight was pruned.
@@ -2149,6 +2165,9 @@ def load_tickets(path: str | Path) -> dict:
     try:
         tickets = load_verified(resolve_path(path))
         saved = tickets["constants"]
+        missing = {"DATASET", "DROPOUT", "LEVELS", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"} - set(saved)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         last = pick(tickets["theta0"], saved["TRIALS"] - 1)
         as_plain_network(build_network(saved["MODEL"], 0), last)            # names and shapes fit
         for name, weights in full_masks(tickets["theta0"]).items():
@@ -2221,7 +2240,7 @@ def init_distributed() -> None:
     store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     forever = datetime.timedelta(days=30)                   # the slowest process is waited for
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
-    say(f"{processes} processes share {TRIALS} trials; the progress shown is that of the first one, with "
+    say(f"{processes} processes share {count(TRIALS, 'trial')}; the progress shown is that of the first one, with "
         f"{len(trials_of_rank())}")
 
 
@@ -2251,11 +2270,6 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def table_columns() -> tuple:
-    """Return the arms whose accuracies `report_level` prints."""
-    return ARMS if LEVELS > 0 else ("dense",)
-
-
 def network_steps(level: int) -> int:
     """Return the training steps of a level on this process, summed over networks."""
     steps = EPOCHS * steps_per_epoch()
@@ -2272,7 +2286,7 @@ def progress_bar(level: int) -> tqdm:
 
 def report_head() -> None:
     """Print the head of the table whose lines `report_level` prints."""
-    columns = "".join(f"{arm:>{max(11, len(arm) + 2)}}" for arm in table_columns())
+    columns = "".join([f"{arm:>{max(11, len(arm) + 2)}}" for arm in ARMS])
     say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
 
 
@@ -2281,15 +2295,15 @@ def report_level(state: State, seconds: float) -> None:
 
     Later levels take no longer than that one, network by network; sparse ones take less.
     """
+    if rank_and_world_size()[0] > 0:
+        return
     networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
     networks = networks[networks["level"] == state.level]
     percent = networks["weights_remaining"].iloc[0]
     means = networks.groupby("arm")["test_accuracy"].mean().round(6)
-    cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in table_columns()]
-    minutes = 0.0
-    if network_steps(state.level) > 0:                      # a process may have no trial
-        seconds_per_step = seconds / network_steps(state.level)
-        minutes = (LEVELS - state.level) * network_steps(1) * seconds_per_step / 60
+    cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in ARMS]
+    seconds_per_step = seconds / network_steps(state.level)
+    minutes = (LEVELS - state.level) * network_steps(1) * seconds_per_step / 60
     say(f"{state.level:5}{percent:18.1f} %{''.join(cells)}{minutes:8.1f} min")
 
 
@@ -2303,7 +2317,8 @@ def constants() -> dict:
     values = {name: globals()[name] for name in TYPES}
     for name, value in values.items():
         if TYPES[name] in (float, float | None) and type(value) is int:
-            values[name] = float(value)
+            with contextlib.suppress(OverflowError):        # out of range, as `requirements` will say
+                values[name] = float(value)
     return values
 
 
@@ -2319,7 +2334,7 @@ def read_arguments(arguments: list[str]) -> dict:
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):                   # a bare word
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):           # a bare word
             value = text
         if TYPES[name] is tuple and isinstance(value, str):                             # ARMS=rewind,oneshot
             value = tuple(word.strip() for word in value.split(","))
@@ -2343,7 +2358,7 @@ def check_constants() -> None:
 
 
 def requirements() -> Iterator[tuple[bool, str]]:
-    """Yield what the constants must fulfil, in words and whether they do; each may rely on those before."""
+    """Yield each requirement of the constants: whether it holds, and in words. Each may rely on those before."""
     words = {"DATASET": tuple(CONTENTS), "PIXELS": ("standardised", "unit_interval", "unit_length"),
              "INIT": ("kaiming_normal", "xavier_normal"), "PRUNE_SCOPE": ("layer", "global"),
              "SCHEDULE": ("constant", "linear")}
@@ -2355,7 +2370,8 @@ def requirements() -> Iterator[tuple[bool, str]]:
         yield value is None or value >= 1, f"{name} must be at least 1, not {value}"
     yield DATA_DIR and RESULTS_DIR, "DATA_DIR and RESULTS_DIR must be the paths of folders"
     yield re.fullmatch(r"auto|cpu|cuda(:\d+)?", DEVICE), f"DEVICE must be auto, cpu, cuda, or cuda:1, not {DEVICE}"
-    yield set(ARMS) <= set(ARM_TABLE), f"ARMS must be some of {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}"
+    known = all(isinstance(arm, str) and arm in ARM_TABLE for arm in ARMS)
+    yield known, f"ARMS may contain only {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}"
     yield len(set(ARMS)) == len(ARMS), "ARMS must name each arm once"
     yield "rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned"
     yield ("transfer" in ARMS) == (TICKETS_FROM is not None), ("the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
@@ -2397,6 +2413,8 @@ def check_network(device: torch.device) -> None:
         kept = [torch.ones(1, units, 3, device=device) for units in dropped_units(network)]
         expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
         torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
+        if expected.shape[2] != 10 or list(network._modules)[-1] != "output" or not network.name:
+            raise ValueError
         for layer in network:
             if getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT:
                 raise ValueError
@@ -2405,8 +2423,57 @@ def check_network(device: torch.device) -> None:
             raise
         raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
                         "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
-                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, the last layer called "
-                        "output.") from None
+                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, ten classes, the last "
+                        "layer called output, and a name.") from None
+
+
+def check_host() -> None:
+    """Raise UserError if the host process has set a matmul precision that `fixed_numerics` could not restore."""
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:                                    # set by PyTorch's newer names
+        raise UserError('this process has set torch.backends...fp32_precision: set it back to "none" first.') from None
+
+
+def check_arms() -> None:
+    """Raise UserError unless each arm returns what can be trained, leaves alone what it is given, and can be drawn."""
+    theta0 = initial_weights(generator("init"))
+    masks = prune(theta0, full_masks(theta0), prune_rates(build_network(MODEL, DROPOUT)), PRUNE_SCOPE)
+    for arm in ARMS:
+        copies = [masked(tensors, {}) for tensors in (theta0, masks, theta0, theta0, theta0, masks)]
+        source_ticket = copies[4], copies[5]
+        try:
+            start = ARM_TABLE[arm].start(Given(*copies[:4], source_ticket, generator(f"arm {arm}", 0, 1)))
+            problem = what_is_wrong(arm, start, (theta0, masks))
+            for copy, original in zip(copies, (theta0, masks, theta0, theta0), strict=False):
+                if any(not copy[name].equal(tensor) for name, tensor in original.items()):
+                    problem = "it changes what it is given"
+        except Exception as error:                          # a user's own can fail in any way
+            if out_of_memory(error):
+                raise
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if problem:
+            raise UserError(f"the arm {arm} in ARM_TABLE cannot be used: {problem}.")
+
+
+def what_is_wrong(arm: str, start: tuple[Weights, Masks], like: tuple[Weights, Masks]) -> str:
+    """Return what is wrong with an arm that starts from some weights and masks; empty if nothing is."""
+    for tensors, expected in zip(start, like, strict=True):
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != {
+                name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}:
+            return "names, shapes or types of its tensors are not those of theta0 and the masks"
+    weights, masks = start
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        return "a weight is not finite"
+    if not all(((mask == 0) | (mask == 1)).all() and mask.any() for mask in masks.values()):
+        return "masks must be 0 or 1, and keep a weight"
+    if any((weights[name] * (1 - mask)).any() for name, mask in masks.items()):
+        return "pruned weights must be zero; see `masked`"
+    if ARM_TABLE[arm].claim not in ("rewind beats arm", "rewind matches arm", "arm matches rewind"):
+        return f"its claim {ARM_TABLE[arm].claim!r} is unknown"
+    if not is_color_like(ARM_TABLE[arm].colour) or ARM_TABLE[arm].marker not in Line2D.markers:
+        return "its colour or marker is unknown to matplotlib"
+    return ""
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2414,6 +2481,7 @@ def check_network(device: torch.device) -> None:
 def run_or_resume(device: torch.device) -> None:
     """Run the experiment with the present constants, from its checkpoint to its results."""
     check_network(device)
+    check_arms()
     source_tickets, tickets_from = load_source_tickets()
     info = run_info(device, tickets_from)
     identity = identify(info, device)
@@ -2440,12 +2508,15 @@ def run_or_resume(device: torch.device) -> None:
         saved, state = read_checkpoint(folder)
         if rank == 0 and saved == identity:
             run = write_results(state, data, info, folder)
+    if rank == 0 and saved != identity:
+        raise UserError(f"another run has begun in {folder}: choose another RESULTS_DIR. This one's levels are in "
+                        "previous/ there.")
     if rank == 0:
         say("\n" + "\n".join(verdict(run)) + f"\n\nresults: {folder}")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is lacking; PyTorch's CPU allocator raises a plain RuntimeError."""
+    """Return whether an error means that memory ran out; PyTorch's CPU allocator raises a plain RuntimeError."""
     words = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("not enough memory" in words or "allocate memory" in words))
@@ -2466,6 +2537,7 @@ def main(arguments: list[str]) -> None:
         globals().update(constants())
         check_constants()
         device = choose_device()
+        check_host()
         with fixed_numerics(device):
             run_or_resume(device)
     except OSError as error:

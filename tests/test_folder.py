@@ -168,6 +168,11 @@ def test_only_constants_that_change_no_number_may_differ(lth):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target, name, value)
             assert (identity(lth) == same) == (name in {*free, "get_num_threads"}), name
+    lth.use(ARM_TABLE=dict(lth.ARM_TABLE), ARMS=("rewind", "mine"))
+    lth.ARM_TABLE["mine"] = lth.Arm(lambda given: lth.reinit(given), "mine", "red", "o")
+    mine = identity(lth)
+    lth.ARM_TABLE["mine"] = lth.Arm(lambda given: lth.rewind(given), "mine", "red", "o")
+    assert identity(lth) != mine                            # a user's own arm is code that determines numbers, too
     lth.use(MODEL="lenet")
     with_threads = identity(lth)
     with pytest.MonkeyPatch.context() as patch:
