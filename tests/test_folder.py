@@ -116,14 +116,14 @@ def test_another_run_moves_the_earlier_one_whole(lth, undrawn, tmp_path, capsys,
     assert set(read_metrics(folder)["level"]) == {0}
 
 
-@pytest.mark.parametrize("damage", ["half", "bit", "empty", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["half", "bit", "structure", "empty", "foreign", "missing"])
 def test_results_without_a_sound_checkpoint_are_moved_too(lth, undrawn, tmp_path, capsys, damage):
     """PyTorch itself would not notice one flipped bit of a weight. A cloned run has no checkpoint at all."""
     run_here(lth, tmp_path, *QUICK)
     first = contents(tmp_path)
     content = first["checkpoint.pt"]
     damaged = {"half": content[:len(content) // 2], "bit": conftest.flipped(content), "empty": b"",
-               "foreign": first["tickets.pt"]}
+               "structure": content[:-200] + bytes(100) + content[-100:], "foreign": first["tickets.pt"]}
     if damage == "missing":
         (tmp_path / "checkpoint.pt").unlink()
     else:
@@ -136,6 +136,21 @@ def test_results_without_a_sound_checkpoint_are_moved_too(lth, undrawn, tmp_path
     assert (sentence in said) == (damage != "missing")
     assert the_previous(tmp_path) == before
     check_same_results(tmp_path, next((tmp_path / "previous").iterdir()))
+
+
+def test_a_run_that_another_one_replaced_in_its_folder_says_so(lth, undrawn, tmp_path):
+    """The other one begins after the last level was saved, and before results are written."""
+    other = conftest.load_copy(tmp_path, undrawn)
+    run_experiment = lth.run_experiment
+
+    def disturbed(*given) -> None:
+        run_experiment(*given)
+        run_here(other, tmp_path / "shared", *QUICK, "SEED=1")
+
+    lth.use(run_experiment=disturbed)
+    with pytest.raises(lth.UserError, match="another run has begun in "):
+        run_here(lth, tmp_path / "shared", *QUICK)
+    assert "checkpoint.pt" in the_previous(tmp_path / "shared")
 
 
 def test_lack_of_memory_is_no_damage(lth, undrawn, tmp_path, monkeypatch):
