@@ -1087,6 +1087,7 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
 
 MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles speak of these; figures draw them bold, with their spread
+MORE_WEIGHTS = "has more weights"                   # of an arm that is not compared at a level
 NETWORK = ["dataset", "model", "arm", "trial", "level", "weights_remaining"]        # columns that identify a network
 
 
@@ -1310,7 +1311,7 @@ def contrast(run: Run, values: pd.Series, form: str) -> str:
 
 
 def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
-    """Say where tickets beat and match the dense networks, or from where on the networks of another arm fall behind."""
+    """Say where tickets beat and match the dense networks, or at which density the networks of an arm fall behind."""
     who = plural(run, arm)
     table = compare(run, arm, "dense", column)
     matches = table.index[table["matches"] == "supported"]
@@ -1334,7 +1335,7 @@ def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
 
 
 def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
-    """Return the density from which on an arm is behind the dense networks at every level; empty if there is none."""
+    """Return the density at which, and at all sparser ones, an arm is behind dense networks; empty if there is none."""
     table = compare(run, arm, "dense", column)
     last_kept_up = max(table.index[table["word"] != "behind"], default=0)
     return run.percent.get(last_kept_up + 1, "")
@@ -1449,6 +1450,11 @@ def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **
     return averages.groupby("arm")[y].last().to_dict()
 
 
+def mark_dense(axes: Axes, value: float) -> None:
+    """Mark the dense networks, from which all lines start."""
+    axes.plot(100, value, "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
+
+
 def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> Figure | None:
     """Draw test accuracy versus weights remaining and, below, the leads over dense networks that decide the title.
 
@@ -1463,8 +1469,8 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
     table = table.assign(lead=(table[column] - table["trial"].map(dense)).round(4))
     draw_accuracies(axes[0, 0], run, table, shown, column)
     draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], shown, column)
-    for panel, start in zip(axes[:, 0], (dense.mean(), 0), strict=True):
-        panel.plot(100, start, "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
+    mark_dense(axes[0, 0], dense.mean())
+    mark_dense(axes[1, 0], 0)
     scale_density(axes[1, 0], run)
     figure.align_ylabels()
     return figure
@@ -1567,7 +1573,7 @@ def supermask_plot(run: Run) -> Figure | None:
     table = run.lines[run.lines["arm"] != "finetune"]       # it has been trained
     ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
     guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
-    axes.plot(100, averages.loc[0, "dense"], "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
+    mark_dense(axes, averages.loc[0, "dense"])
     names = ",\n".join([label(run, arm) for arm in guessing])
     chance = f"chance, 10 %:\n{names}" if guessing else "chance, 10 %"
     name_lines(axes, run, {chance: 10} | {arm: end for arm, end in ends.items() if arm not in guessing})
@@ -1597,14 +1603,14 @@ def learning_curves(run: Run) -> Figure:
     for panel, level in zip(axes[0], levels, strict=True):
         drawn = records[records["level"].isin([0, level])]
         panel.set(xscale="log", yscale="log")
-        draw_arms(panel, drawn, "step", "error", ("pi", 100), markers=False)
+        ends = draw_arms(panel, drawn, "step", "error", ("pi", 100), markers=False)
         panel.axvline(step, color="0.8", zorder=0)          # the title speaks of this step
         panel.set(xlabel="training step", ylabel="test error (%)", title=f"{run.percent[level]} of weights")
         panel.set_xticks(steps, [f"{step:,}".replace(",000", "k") for step in steps])
         panel.set_yticks(errors, errors)
         panel.minorticks_off()
         panel.label_outer()
-    name_lines(axes[0, -1], run, drawn[drawn["step"] == drawn["step"].max()].groupby("arm")["error"].mean().to_dict())
+    name_lines(axes[0, -1], run, ends)
     return figure
 
 
@@ -1828,7 +1834,7 @@ def judge(run: Run, claim: Claim) -> tuple[str, str]:
         return compare_steps(run, claim.x, claim.y, level)
     table = compare(run, claim.x, claim.y, claim.column)
     if level not in table.index:
-        return "has more weights", ""
+        return MORE_WEIGHTS, ""
     return table.loc[level, "text"], table.loc[level, claim.relation]
 
 
@@ -1879,7 +1885,7 @@ def level_table(run: Run, arms: list[str]) -> str:
             table[f"{arm}, step"] = run.stops.loc[arm, "median"].map("{:,.0f}".format)
     if "rewind" in arms:
         table["rewind, untrained, %"] = means(run, "untrained_test_accuracy")["rewind"].map("{:.2f}".format)
-    return markdown(table.columns, table.fillna("has more weights").replace("nan", "not reached").to_numpy())
+    return markdown(table.columns, table.fillna(MORE_WEIGHTS).replace("nan", "not reached").to_numpy())
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -1992,13 +1998,13 @@ def numbers_code(source: str) -> str:
     return "\n".join([line for line in code.splitlines() if line.strip()])
 
 
-def sha256(text: str) -> str:
-    """Return a sum that identifies a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def sha256(content: bytes) -> str:
+    """Return a sum that identifies a content."""
+    return hashlib.sha256(content).hexdigest()
 
 
 CODE = numbers_code(Path(__file__).read_text(encoding="utf-8"))             # now: the file may be edited while it runs
-VERSION = sha256(CODE)
+VERSION = sha256(CODE.encode())
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -2074,7 +2080,7 @@ def identify(info: dict, device: torch.device) -> dict:
         start = ARM_TABLE[arm].start
         if f"def {start.__name__}(given: Given)" not in CODE:
             with contextlib.suppress(OSError):              # typed in an interpreter, it has no source
-                identity[f"arm {arm}"] = sha256(inspect.getsource(start))
+                identity[f"arm {arm}"] = sha256(inspect.getsource(start).encode())
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
         identity["number of threads"] = info["threads"]
     return identity
@@ -2219,7 +2225,7 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
         raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: "
                         "set TRIALS and LEVELS to no more.")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
-    return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
+    return by_trial, {"sha256": sha256(path.read_bytes()), "constants": saved}
 
 
 # ---- Several processes, and the console ------------------------------------------------------------------------------
@@ -2413,7 +2419,8 @@ def check_network(device: torch.device) -> None:
         kept = [torch.ones(1, units, 3, device=device) for units in dropped_units(network)]
         expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
         torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
-        if expected.shape[2] != 10 or list(network._modules)[-1] != "output" or not network.name:
+        names = [name for name, _ in network.named_children()]
+        if expected.shape[2] != 10 or names[-1] != "output" or not network.name:
             raise ValueError
         for layer in network:
             if getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT:
@@ -2441,12 +2448,12 @@ def check_arms() -> None:
     masks = full_masks(theta0)
     masks = prune(theta0, masks, dict.fromkeys(masks, 0.5), "layer")
     for arm in ARMS:
-        copies = [masked(tensors, {}) for tensors in (theta0, masks, theta0, theta0, theta0, masks)]
-        source_ticket = copies[4], copies[5]
+        originals = (theta0, masks, theta0, theta0, theta0, masks)
+        copies = [masked(tensors, {}) for tensors in originals]
         try:
-            start = ARM_TABLE[arm].start(Given(*copies[:4], source_ticket, generator(f"arm {arm}", 0, 1)))
+            start = ARM_TABLE[arm].start(Given(*copies[:4], tuple(copies[4:]), generator(f"arm {arm}", 0, 1)))
             problem = what_is_wrong(arm, start, (theta0, masks))
-            for copy, original in zip(copies, (theta0, masks, theta0, theta0), strict=False):
+            for copy, original in zip(copies, originals, strict=True):
                 if any(not copy[name].equal(tensor) for name, tensor in original.items()):
                     problem = "it changes what it is given"
         except Exception as error:                          # a user's own can fail in any way
