@@ -1108,6 +1108,7 @@ class Run:
         tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
         self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
+        self.fifth, = levels_near(self, 21.1)               # the level that titles speak of
 
         # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
         excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
@@ -1189,23 +1190,27 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
     return differences.mean() - half_width, differences.mean() + half_width
 
 
-def decide(low: float, high: float, margin: float = 0) -> str:
-    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y or, with a margin, matches y.
+def decide(low: float, high: float) -> tuple[str, str, str]:
+    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y, and whether it matches y.
 
-    An interval of nan decides nothing.
+    Returns both answers, and a word that says both. An interval of nan decides nothing.
     """
-    if low > -margin:
-        return "supported"
-    if high < -margin:
-        return "contradicted"
-    return "behind, size open" if high < 0 else "inconclusive"
+    if low > 0:
+        return "supported", "supported", "ahead"
+    if low > -MATCHING_MARGIN:
+        return "contradicted" if high < 0 else "inconclusive", "supported", "as good"
+    if high < -MATCHING_MARGIN:
+        return "contradicted", "contradicted", "behind"
+    if high < 0:
+        return "contradicted", "behind, size open", "behind"
+    return "inconclusive", "inconclusive", "inconclusive"
 
 
 def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataFrame:
     """Compare two arms at each pruned level, by differences x - y within trials.
 
-    Returns a row per level: mean, low and high of the interval in points, their text, what `decide` says, and a word
-    that says both. Levels at which an arm has more weights are left out.
+    Returns a row per level: mean, low and high of the interval in points, their text, and what `decide` says. Levels
+    at which an arm has more weights are left out.
     """
     wide = by_trial(run, column).drop(0)
     differences = (wide[x] - wide[y]).round(4).dropna()     # equal counts of correctly classified images compare equal
@@ -1214,12 +1219,7 @@ def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataF
         mean = of_level.mean()
         low, high = confidence_interval(of_level)
         text = f"{round(mean, 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}"       # + 0.0 turns -0.0 into 0.0
-        beats = decide(low, high)
-        matches = decide(low, high, MATCHING_MARGIN)
-        word = {"supported": "ahead", "contradicted": "behind"}.get(beats, "inconclusive")
-        if matches == "supported" != beats:
-            word = "as good"
-        rows[level] = [mean, low, high, text.removesuffix(" ± nan"), beats, matches, word]
+        rows[level] = [mean, low, high, text.removesuffix(" ± nan"), *decide(low, high)]
     columns = ["mean", "low", "high", "text", "beats", "matches", "word"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
@@ -1302,7 +1302,7 @@ def describe_run(run: Run) -> str:
 
 def contrast(run: Run, values: pd.Series, form: str) -> str:
     """Set a number of the dense networks against those of the main arms with a fifth of the weights."""
-    level, = levels_near(run, 21.1)
+    level = run.fifth
     words = [f"{plural(run, arm)} {form.format(values[arm])}".replace("nan", "not reached")
              for arm in ("dense", *MAIN_ARMS) if arm in values]
     if len(words) == 1:
@@ -1478,7 +1478,7 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
 
 def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     """Say what came out of the arms shown."""
-    level, = levels_near(run, 21.1)
+    level = run.fifth
     if run.trials < 3:
         values = means(run, column).loc[level, ["dense", *shown]]
         return f"Test accuracy of {contrast(run, values, '{:.2f} %')} (too few trials to decide)"
@@ -1564,7 +1564,7 @@ def supermask_plot(run: Run) -> Figure | None:
     column = "untrained_test_accuracy"
     averages = means(run, column)
     when = "without any training" if run.constants["REWIND_STEP"] == 0 else "where training starts"
-    level, = levels_near(run, 21.1)
+    level = run.fifth
     title = f"Test accuracy {when}: {contrast(run, averages.loc[level], '{:.0f} %')}"
     figure, ((axes,),) = new_figure(run, title, run.ranges)
 
@@ -1700,7 +1700,7 @@ def early_stopping_plot(run: Run) -> Figure | None:
 
 def steps_title(run: Run) -> str:
     """Say which networks the tickets stop sooner than, or give the medians alone."""
-    level, = levels_near(run, 21.1)
+    level = run.fifth
     steps = by_trial(run, "stop_step").loc[level].fillna(math.inf).median().replace(math.inf, math.nan)
     others = ["dense", *[arm for arm in run.controls if arm in MAIN_ARMS]]
     later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in others
@@ -1784,7 +1784,7 @@ def verdict(run: Run) -> list[str]:
         return sentences
 
     main = [arm for arm in MAIN_ARMS if arm in run.arms]
-    level, = levels_near(run, 21.1)
+    level = run.fifth
     given = f"With {run.percent[level]} of the weights, tickets"
     leads = [lead_in_words(run, arm, level) for arm in ("dense", *main[1:])]
     if run.trials >= 3:
