@@ -1197,8 +1197,10 @@ def decide(low: float, high: float) -> tuple[str, str, str]:
     """
     if low > 0:
         return "supported", "supported", "ahead"
+    if low > -MATCHING_MARGIN and high < 0:
+        return "contradicted", "supported", "as good"
     if low > -MATCHING_MARGIN:
-        return "contradicted" if high < 0 else "inconclusive", "supported", "as good"
+        return "inconclusive", "supported", "as good"
     if high < -MATCHING_MARGIN:
         return "contradicted", "contradicted", "behind"
     if high < 0:
@@ -1343,9 +1345,9 @@ def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
 
 def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
     """Return the controls that the tickets beat at a level, and those that they do not."""
-    answers = pd.Series({arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}).dropna()
-    beaten = answers == "supported"
-    return list(answers.index[beaten]), list(answers.index[~beaten])
+    answers = {arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}
+    beaten = [arm for arm, answer in answers.items() if answer == "supported"]
+    return beaten, [arm for arm, answer in answers.items() if answer not in (None, "supported")]
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -1791,7 +1793,7 @@ def verdict(run: Run) -> list[str]:
         sentences += [f"{capitalise(against_dense(run, arm))}." for arm in main]
         behind = behind_from(run, "rewind")
         if behind and behind not in sentences[1]:
-            sentences[1] = f"{sentences[1][:-1]}; they fall behind at {behind} and sparser."
+            sentences.append(f"Tickets fall behind dense networks at {behind} and sparser.")
     sentences.append(f"{given} {'; they '.join(leads)}.")
     if run.trials >= 3 and set(run.controls) - set(MAIN_ARMS):
         beaten, others = controls_beaten(run, level)
@@ -1898,11 +1900,12 @@ HOW_TO_READ = f"""## How to read this page
 
 - *Rewind* is the ticket: the surviving connections with their original weights. *Reinit* has the same connections with
   fresh random weights. Reinit, like every arm but rewind, is a control.
-- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss. Steps are medians
-  of the step of early stop. *Not reached*: the lowest loss came in the last 5 % of the training or at one of the last
-  two evaluations, so that the network may still have been improving when training ended.
-- x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the 95 %
-  confidence interval (Student's t). The whole interval decides, not the mean.
+- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; steps of early
+  stop are medians. *Not reached*: it came in the last 5 % of the training or at one of the last two evaluations, so
+  that the network may still have been improving.
+- x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the
+  95 % confidence interval (Student's t). The whole interval decides, not the mean. It holds for one test set and one
+  validation split, and for each level by itself. Fewer than three trials, or equal differences, decide nothing.
 
 | question | supported, yes | contradicted, no |
 | --- | --- | --- |
@@ -1912,11 +1915,9 @@ HOW_TO_READ = f"""## How to read this page
 
 - The {MATCHING_MARGIN} points are a non-inferiority margin of our choice. "Does x match y?" is answered *behind, size
   open* if the interval is below 0 and contains -{MATCHING_MARGIN}. Anything else is *inconclusive*.
-- The sign test counts ties, and pairs in which neither network stopped early, as failures of both.
 - In tables by level, x is *ahead* (interval above 0), *as good* (above -{MATCHING_MARGIN}), *behind* (below 0 and not
   as good) or *inconclusive*.
-- Intervals hold for one test set and one validation split, and for each level by itself. Fewer than three trials, or
-  differences that are all equal, decide nothing.
+- The sign test counts ties, and pairs in which neither network stopped early, as failures of both.
 
 """
 
@@ -1953,8 +1954,6 @@ def read_run(folder: Path) -> Run:
         mask = None
         if (folder / "mask.csv").exists():
             mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
-            if not set(records["level"]) <= set(mask["level"]):
-                raise ValueError("mask.csv lacks some of its levels")
         unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
         run = Run(info, records, measure(records), mask)
         describe_run(run)                                   # needs some constants
@@ -1969,7 +1968,7 @@ def redraw(folder: str | Path) -> Run:
     """Write a results folder's networks.csv, summary.md and figures anew, from metrics.csv, run.json and mask.csv."""
     folder = resolve_path(folder)
     run = read_run(folder)
-    write_atomically(folder / "networks.csv", to_csv(run.networks))
+    write_atomically(folder / "networks.csv", run.networks)
     write_atomically(folder / "summary.md", summary(run).encode())
     with matplotlib.style.context(STYLE, after_reset=True):                 # whatever style the user has set elsewhere
         for draw in FIGURES:
@@ -1998,13 +1997,8 @@ def numbers_code(source: str) -> str:
     return "\n".join([line for line in code.splitlines() if line.strip()])
 
 
-def sha256(content: bytes) -> str:
-    """Return a sum that identifies a content."""
-    return hashlib.sha256(content).hexdigest()
-
-
 CODE = numbers_code(Path(__file__).read_text(encoding="utf-8"))             # now: the file may be edited while it runs
-VERSION = sha256(CODE.encode())
+VERSION = hashlib.sha256(CODE.encode()).hexdigest()
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -2012,8 +2006,10 @@ def resolve_path(path: str | Path) -> Path:
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
-def write_atomically(path: Path, content: bytes | dict) -> None:
-    """Write bytes, or tensors by torch.save, to a temporary file and rename it: a kill leaves no half-written file."""
+def write_atomically(path: Path, content: bytes | pd.DataFrame | dict) -> None:
+    """Write bytes, a table as CSV, or tensors by torch.save to a temporary file, and rename it, in case of a kill."""
+    if isinstance(content, pd.DataFrame):
+        content = content.to_csv(index=False, lineterminator="\n").encode()
     if isinstance(content, dict):
         buffer = io.BytesIO()                               # if the disk is full, torch.save would hide the OSError
         torch.save(content, buffer)
@@ -2041,11 +2037,6 @@ def load_verified(path: Path) -> dict:
         raise zipfile.BadZipFile
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
-
-
-def to_csv(table: pd.DataFrame) -> bytes:
-    """Return a table as the contents of a CSV file."""
-    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 # ---- A results folder holds one run ----------------------------------------------------------------------------------
@@ -2080,7 +2071,7 @@ def identify(info: dict, device: torch.device) -> dict:
         start = ARM_TABLE[arm].start
         if f"def {start.__name__}(given: Given)" not in CODE:
             with contextlib.suppress(OSError):              # typed in an interpreter, it has no source
-                identity[f"arm {arm}"] = sha256(inspect.getsource(start).encode())
+                identity[f"arm {arm}"] = inspect.getsource(start)
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
         identity["number of threads"] = info["threads"]
     return identity
@@ -2133,8 +2124,7 @@ def save_state(state: State, folder: Path, identity: dict) -> None:
 
 def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
     """Write records and tickets, which took the work, then draw everything from them."""
-    records = pd.DataFrame(state.records)
-    write_atomically(folder / "metrics.csv", to_csv(records))
+    write_atomically(folder / "metrics.csv", pd.DataFrame(state.records))
     tickets = {"constants": info["constants"] | {"LEVELS": state.level},
                "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
                "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)])}
@@ -2143,7 +2133,7 @@ def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
     write_atomically(folder / "run.json", json.dumps(info, indent=1).encode())
     pruned_at = next(iter(tickets["pruned_at"].values()))
     if pruned_at.shape[2:] == (28 * 28,):                   # a convolution's weights belong to no pixel
-        write_atomically(folder / "mask.csv", to_csv(mask_table(pruned_at, data["train"][0], state.level)))
+        write_atomically(folder / "mask.csv", mask_table(pruned_at, data["train"][0], state.level))
     return redraw(folder)
 
 
@@ -2225,7 +2215,7 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
         raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: "
                         "set TRIALS and LEVELS to no more.")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
-    return by_trial, {"sha256": sha256(path.read_bytes()), "constants": saved}
+    return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
 
 # ---- Several processes, and the console ------------------------------------------------------------------------------
@@ -2290,12 +2280,6 @@ def progress_bar(level: int) -> tqdm:
                 bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left")
 
 
-def report_head() -> None:
-    """Print the head of the table whose lines `report_level` prints."""
-    columns = "".join([f"{arm:>{max(11, len(arm) + 2)}}" for arm in ARMS])
-    say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
-
-
 def report_level(state: State, seconds: float) -> None:
     """Print a line about the level that was finished last, which took some seconds.
 
@@ -2344,8 +2328,6 @@ def read_arguments(arguments: list[str]) -> dict:
             value = text
         if TYPES[name] is tuple and isinstance(value, str):                             # ARMS=rewind,oneshot
             value = tuple(word.strip() for word in value.split(","))
-        elif TYPES[name] is tuple and isinstance(value, list):
-            value = tuple(value)
         elif TYPES[name] in (str, str | None) and not isinstance(value, TYPES[name]):
             value = text                                    # a folder may be called 2026
         values[name] = value
@@ -2434,54 +2416,29 @@ def check_network(device: torch.device) -> None:
                         "layer called output, and a name.") from None
 
 
-def check_host() -> None:
-    """Raise UserError if the host process has set a matmul precision that `fixed_numerics` could not restore."""
-    try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:                                    # set by PyTorch's newer names
-        raise UserError('this process has set torch.backends...fp32_precision: set it back to "none" first.') from None
-
-
 def check_arms() -> None:
-    """Raise UserError unless each arm returns what can be trained, leaves alone what it is given, and can be drawn."""
+    """Raise UserError unless each arm returns what can be trained, and leaves alone what it is given."""
     theta0 = initial_weights(generator("init"))
     masks = full_masks(theta0)
     masks = prune(theta0, masks, dict.fromkeys(masks, 0.5), "layer")
+    zeros = tuple({name: 0 * tensor for name, tensor in tensors.items()} for tensors in (theta0, masks))
     for arm in ARMS:
-        originals = (theta0, masks, theta0, theta0, theta0, masks)
-        copies = [masked(tensors, {}) for tensors in originals]
+        own, own_masks = masked(theta0, {}), masked(masks, {})
+        given = Given(own, own_masks, own, own, (own, own_masks), generator(f"arm {arm}", 0, 1))
         try:
-            start = ARM_TABLE[arm].start(Given(*copies[:4], tuple(copies[4:]), generator(f"arm {arm}", 0, 1)))
-            problem = what_is_wrong(arm, start, (theta0, masks))
-            for copy, original in zip(copies, originals, strict=True):
-                if any(not copy[name].equal(tensor) for name, tensor in original.items()):
-                    problem = "it changes what it is given"
+            weights, kept = ARM_TABLE[arm].start(given)
+            wrong = ({name: tensor - tensor for name, tensor in weights.items()},           # nan unless it is finite
+                     {name: mask * (1 - mask) for name, mask in kept.items()})
+            torch.testing.assert_close(wrong, zeros, rtol=0, atol=0)        # compares names, shapes and types, too
+            torch.testing.assert_close(masked(weights, kept), weights, rtol=0, atol=0)
+            torch.testing.assert_close((own, own_masks), (theta0, masks), rtol=0, atol=0)
         except Exception as error:                          # a user's own can fail in any way
             if out_of_memory(error):
                 raise
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if problem:
-            raise UserError(f"the arm {arm} in ARM_TABLE cannot be used: {problem}.")
-
-
-def what_is_wrong(arm: str, start: tuple[Weights, Masks], like: tuple[Weights, Masks]) -> str:
-    """Return what is wrong with an arm that starts from some weights and masks; empty if nothing is."""
-    for tensors, expected in zip(start, like, strict=True):
-        if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != {
-                name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}:
-            return "names, shapes or types of its tensors are not those of theta0 and the masks"
-    weights, masks = start
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        return "a weight is not finite"
-    if not all(((mask == 0) | (mask == 1)).all() and mask.any() for mask in masks.values()):
-        return "masks must be 0 or 1, and keep a weight"
-    if any((weights[name] * (1 - mask)).any() for name, mask in masks.items()):
-        return "pruned weights must be zero; see `masked`"
-    if ARM_TABLE[arm].claim not in ("rewind beats arm", "rewind matches arm", "arm matches rewind"):
-        return f"its claim {ARM_TABLE[arm].claim!r} is unknown"
-    if not is_color_like(ARM_TABLE[arm].colour) or ARM_TABLE[arm].marker not in Line2D.markers:
-        return "its colour or marker is unknown to matplotlib"
-    return ""
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the arm {arm} in ARM_TABLE cannot be used ({reason}): it must return finite weights, "
+                            "zero where they are pruned, see `masked`, and masks of 0 and 1, with the names, shapes "
+                            "and types of those given, which it must not change.") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2510,7 +2467,8 @@ def run_or_resume(device: torch.device) -> None:
 
     try:
         if state.level < LEVELS:
-            report_head()
+            columns = "".join([f"{arm:>{max(11, len(arm) + 2)}}" for arm in ARMS])
+            say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
             run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, identity))
     finally:                                                # whatever ends it, the finished levels have results
         saved, state = read_checkpoint(folder)
@@ -2545,7 +2503,6 @@ def main(arguments: list[str]) -> None:
         globals().update(constants())
         check_constants()
         device = choose_device()
-        check_host()
         with fixed_numerics(device):
             run_or_resume(device)
     except OSError as error:
