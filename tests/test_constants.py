@@ -18,7 +18,7 @@ SCHEDULE=cosine  SCHEDULE must be one of constant, linear, not cosine.
 STACK_SIZE=0  STACK_SIZE must be at least 1, not 0.
 MODEL=LeNet  MODEL must be mlp or lenet, not 'LeNet'.
 ARMS=rewind,rewnd  ARMS may contain only rewind, reinit
-ARMS=[['rewind']]  ARMS may contain only rewind, reinit
+ARMS=['rewind']  ARMS must be of type tuple, not ['rewind'].
 ARMS=reinit  ARMS must contain rewind
 ARMS=rewind,transfer  the arm transfer needs TICKETS_FROM
 REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of a training, not 1287.
@@ -51,7 +51,7 @@ def test_as_a_program_it_prints_the_sentence_and_exits_with_code_2(tmp_path):
 
 
 @pytest.mark.parametrize(("argument", "value"), [
-    ("ARMS=rewind, keep_signs", ("rewind", "keep_signs")), ("ARMS=['rewind']", ("rewind",)),
+    ("ARMS=rewind, keep_signs", ("rewind", "keep_signs")), ("ARMS=('rewind',)", ("rewind",)),
     ("ARMS=rewind", ("rewind",)), ("CLIP_NORM=None", None), ("DROPOUT=0", 0), ("LEARNING_RATE=1e-3", 1e-3),
     ("RESULTS_DIR=2026", "2026"), ("RESULTS_DIR='a=b'", "a=b"), ("MODEL=lenet", "lenet"), ("TRIALS=1_0", 10)])
 def test_good_arguments_are_read_as_python_would(lth, argument, value):

@@ -73,15 +73,6 @@ def test_numbers_do_not_depend_on_the_host_and_it_finds_what_it_has_set(small, t
     check_same_results(tmp_path / "guest", tmp_path / "undisturbed")
 
 
-def test_a_precision_that_cannot_be_restored_is_refused(lth, tmp_path):
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with pytest.raises(lth.UserError, match="fp32_precision"):
-            run_here(lth, tmp_path, *RUN)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
-
-
 def test_importing_the_script_has_no_side_effects(tmp_path):
     """No seeding, no folder, no print, no setting but environment variables, and these only if they are not set."""
     shutil.copy(SCRIPT, tmp_path)

@@ -202,18 +202,20 @@ def test_small_dense_is_a_narrower_network_with_about_as_many_weights(run):
             assert values.square().mean().item() == variance, name
 
 
-@pytest.mark.parametrize(("start", "sentence"), [
-    (lambda given: (given.theta0, given.masks), "pruned weights must be zero"),
-    (lambda given: (lth_pruning.masked(given.theta0, given.masks), lth_pruning.full_masks(given.dense)), ""),
-    (lambda given: None, "NoneType"), (lambda given: ({}, given.masks), "names, shapes or types"),
-    (lambda given: ([tensor.mul_(0.5) for tensor in given.theta0.values()],
-                    (lth_pruning.masked(given.theta0, given.masks), given.masks))[1], "changes what it is given"),
+@pytest.mark.parametrize(("start", "refused"), [
+    (lambda given: (lth_pruning.masked(given.theta0, given.masks), lth_pruning.full_masks(given.dense)), False),
+    (lambda given: (given.theta0, given.masks), True), (lambda given: None, True),
+    (lambda given: ({}, given.masks), True),
     (lambda given: (lth_pruning.masked(given.theta0, given.masks),
-                    {name: mask / 2 for name, mask in given.masks.items()}), "masks must be 0 or 1")])
-def test_an_arm_that_cannot_be_trained_is_refused_before_the_work(lth, start, sentence):
+                    {name: mask / 2 for name, mask in given.masks.items()}), True),
+    (lambda given: ({name: tensor / 0 for name, tensor in given.theta0.items()}, given.masks), True),
+    (lambda given: ([tensor.mul_(0.5) for tensor in given.theta0.values()],
+                    (lth_pruning.masked(given.theta0, given.masks), given.masks))[1], True)])
+def test_an_arm_that_cannot_be_trained_is_refused_before_the_work(lth, start, refused):
+    """Pruned weights that are not zero, nothing, no weights, a mask of halves, infinite weights, theta0 changed."""
     lth.use(ARM_TABLE=lth.ARM_TABLE | {"mine": lth.Arm(start, "mine", "red", "o")}, ARMS=("rewind", "mine"))
-    if sentence:
-        with pytest.raises(lth.UserError, match=f"the arm mine in ARM_TABLE cannot be used: .*{sentence}"):
+    if refused:
+        with pytest.raises(lth.UserError, match=r"the arm mine in ARM_TABLE cannot be used \([^\n]*$"):
             lth.check_arms()
     else:
         lth.check_arms()
