@@ -1105,6 +1105,7 @@ class Run:
         self.trials = self.networks["trial"].nunique()
         self.arms = [arm for arm in ARM_TABLE if arm in set(self.networks["arm"])]
         self.controls = [arm for arm in self.arms if arm != "rewind"]
+        self.main = [arm for arm in MAIN_ARMS if arm in self.arms]
         tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
         self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
@@ -1115,13 +1116,12 @@ class Run:
         self.compared = self.networks[excess < 1.1].astype({"stop_step": float, "catch_up_step": float})
 
         # Early stops, by arm and level. Their median is missing if half of the trials or more have not reached theirs.
-        steps = self.compared.set_index(["arm", "level"])["stop_step"]
-        groups = steps.groupby(["arm", "level"])
-        medians = steps.fillna(math.inf).groupby(["arm", "level"]).median().replace(math.inf, math.nan)
-        self.stops = pd.DataFrame({"missing": groups.size() - groups.count(), "median": medians,
-                                   "first": groups.min(), "last": groups.max()})
-        tickets = self.stops.query("arm == 'rewind'")["median"]
-        self.stops_reached = bool(tickets.notna().mean() > 0.5)             # most tickets stopped, at most levels
+        stops = self.compared.groupby(["arm", "level"])["stop_step"]
+        self.stops = stops.agg(missing=lambda steps: steps.isna().sum(),
+                               median=lambda steps: steps.fillna(math.inf).median(),
+                               first="min", last="max").replace(math.inf, math.nan)
+        reached = self.stops.query("arm == 'rewind'")["median"].notna()
+        self.stops_reached = bool(reached.mean() > 0.5)     # most tickets stopped, at most levels
 
         # What figures draw: each arm's line begins at the dense networks. One trial has no range, two have no interval.
         dense = self.compared[self.compared["arm"] == "dense"]
@@ -1190,40 +1190,31 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
     return differences.mean() - half_width, differences.mean() + half_width
 
 
-def decide(low: float, high: float) -> tuple[str, str, str]:
-    """Decide by the 95 % confidence interval of x - y, in points, whether x beats y, and whether it matches y.
-
-    Returns both answers, and a word that says both. An interval of nan decides nothing.
-    """
-    if low > 0:
-        return "supported", "supported", "ahead"
-    if low > -MATCHING_MARGIN and high < 0:
-        return "contradicted", "supported", "as good"
-    if low > -MATCHING_MARGIN:
-        return "inconclusive", "supported", "as good"
-    if high < -MATCHING_MARGIN:
-        return "contradicted", "contradicted", "behind"
-    if high < 0:
-        return "contradicted", "behind, size open", "behind"
-    return "inconclusive", "inconclusive", "inconclusive"
+def decide(low: pd.Series, high: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return whether x beats y, whether it matches y, and a word for both, by intervals of x - y; nan decides nothing."""
+    above = low > -MATCHING_MARGIN
+    below = high < -MATCHING_MARGIN
+    beats = np.select([low > 0, high < 0], ["supported", "contradicted"], "inconclusive")
+    matches = np.select([above, below, high < 0], ["supported", "contradicted", "behind, size open"], "inconclusive")
+    word = np.select([low > 0, above, high < 0], ["ahead", "as good", "behind"], "inconclusive")
+    return beats, matches, word
 
 
 def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataFrame:
-    """Compare two arms at each pruned level, by differences x - y within trials.
+    """Compare two arms by differences x - y within trials: a row for each pruned level at which both are compared.
 
-    Returns a row per level: mean, low and high of the interval in points, their text, and what `decide` says. Levels
-    at which an arm has more weights are left out.
+    Its columns are the mean and the 95 % confidence interval in points, their text, and what `decide` says.
     """
     wide = by_trial(run, column).drop(0)
     differences = (wide[x] - wide[y]).round(4).dropna()     # equal counts of correctly classified images compare equal
-    rows = {}
-    for level, of_level in differences.groupby("level"):
-        mean = of_level.mean()
-        low, high = confidence_interval(of_level)
-        text = f"{round(mean, 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}"       # + 0.0 turns -0.0 into 0.0
-        rows[level] = [mean, low, high, text.removesuffix(" ± nan"), *decide(low, high)]
-    columns = ["mean", "low", "high", "text", "beats", "matches", "word"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    levels = differences.groupby("level")
+    rows = [[values.mean(), *confidence_interval(values)] for _, values in levels]
+    table = pd.DataFrame(rows, list(levels.groups), ["mean", "low", "high"])
+    means = (table["mean"].round(2) + 0.0).map("{:+.2f}".format)            # + 0.0 turns -0.0 into 0.0
+    half_widths = ((table["high"] - table["low"]) / 2).map(" ± {:.2f}".format)
+    table["text"] = means + half_widths.replace(" ± nan", "")
+    table["beats"], table["matches"], table["word"] = decide(table["low"], table["high"])
+    return table
 
 
 def compare_steps(run: Run, x: str, y: str, level: int) -> tuple[str, str]:
@@ -1278,11 +1269,6 @@ def listing(words: list[str], conjunction: str) -> str:
     return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
-def capitalise(text: str) -> str:
-    """Return a text with its first letter in upper case."""
-    return text[0].upper() + text[1:]
-
-
 def describe_run(run: Run) -> str:
     """Return the words that identify a run."""
     constants = run.constants
@@ -1304,12 +1290,11 @@ def describe_run(run: Run) -> str:
 
 def contrast(run: Run, values: pd.Series, form: str) -> str:
     """Set a number of the dense networks against those of the main arms with a fifth of the weights."""
-    level = run.fifth
-    words = [f"{plural(run, arm)} {form.format(values[arm])}".replace("nan", "not reached")
-             for arm in ("dense", *MAIN_ARMS) if arm in values]
-    if len(words) == 1:
-        return words[0]
-    return f"{words[0]}; with {run.percent[level]} of the weights, {listing(words[1:], 'and')}"
+    dense, *others = [f"{plural(run, arm)} {form.format(values[arm])}".replace("nan", "not reached")
+                      for arm in ("dense", *MAIN_ARMS) if arm in values]
+    if not others:
+        return dense
+    return f"{dense}; with {run.percent[run.fifth]} of the weights, {listing(others, 'and')}"
 
 
 def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
@@ -1343,11 +1328,12 @@ def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
     return run.percent.get(last_kept_up + 1, "")
 
 
-def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str]]:
-    """Return the controls that the tickets beat at a level, and those that they do not."""
+def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str], str]:
+    """Return the controls that the tickets beat at a level, those that they do not, and how many these are in words."""
     answers = {arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}
     beaten = [arm for arm, answer in answers.items() if answer == "supported"]
-    return beaten, [arm for arm, answer in answers.items() if answer not in (None, "supported")]
+    others = [arm for arm, answer in answers.items() if answer not in (None, "supported")]
+    return beaten, others, f"beat {len(beaten)} of {count(len(beaten) + len(others), 'control')}"
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
@@ -1375,21 +1361,14 @@ def text_colour(arm: str) -> np.ndarray:
     return rgb
 
 
-def balance(text: str, width: int) -> str:
-    """Break a text into as few lines as possible, none of which is short."""
-    lines = len(textwrap.wrap(text, width, break_on_hyphens=False))
-    width = math.ceil(len(text) / lines)
-    while len(textwrap.wrap(text, width, break_on_hyphens=False)) > lines:
-        width += 1
-    return textwrap.fill(text, width, break_on_hyphens=False)
-
-
 def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Figure, Any]:
     """Return a figure with a title, a grey line that identifies the run, and a grid of axes in the same place."""
     figure = Figure(figsize=SIZE)                           # apart from pyplot: a notebook's own figures stay
-    title = balance(capitalise(title).replace(" %", "\u00a0%"), 88)
-    grey = f"{describe_run(run)}\n{capitalise(shown)}"
+    title = title[0].upper() + title[1:].replace(" %", "\u00a0%")
+    broken = [textwrap.fill(title, width, break_on_hyphens=False) for width in range(40, 89)]
+    title = min(broken, key=lambda text: text.count("\n"))                  # in few lines, none of which is short
     height = 0.042 * (1 + title.count("\n"))
+    grey = f"{describe_run(run)}\n{shown.capitalize()}"
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
     figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top", linespacing=1.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
@@ -1462,15 +1441,15 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
 
     The scales are those of all arms, so that pictures of single arms can be shown one after the other.
     """
-    if not run.arms or not set(shown) <= set(run.arms):
+    if not set(shown) & set(run.arms):
         return None
     note = f"above: {run.ranges}; below: {run.intervals}"
     figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.1)
-    table = run.lines
-    dense = table[table["level"] == 0].groupby("trial")[column].first()
+    dense = by_trial(run, column)["dense"][0]
+    table = run.lines[run.lines["arm"].isin(shown)]
     table = table.assign(lead=(table[column] - table["trial"].map(dense)).round(4))
-    draw_accuracies(axes[0, 0], run, table, shown, column)
-    draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], shown, column)
+    draw_accuracies(axes[0, 0], run, table, column)
+    draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], column)
     mark_dense(axes[0, 0], dense.mean())
     mark_dense(axes[1, 0], 0)
     scale_density(axes[1, 0], run)
@@ -1480,9 +1459,8 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
 
 def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     """Say what came out of the arms shown."""
-    level = run.fifth
     if run.trials < 3:
-        values = means(run, column).loc[level, ["dense", *shown]]
+        values = means(run, column).loc[run.fifth, ["dense", *shown]]
         return f"Test accuracy of {contrast(run, values, '{:.2f} %')} (too few trials to decide)"
     title = against_dense(run, shown[0], column)
     if column == "final_test_accuracy":
@@ -1494,31 +1472,30 @@ def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     elif set(shown) <= {"rewind", "reinit"}:
         second = against_dense(run, "reinit", column)
     else:
-        beaten, others = controls_beaten(run, level, column)
-        second = f"with {run.percent[level]}, they beat {len(beaten)} of {count(len(beaten) + len(others), 'control')}"
+        second = f"with {run.percent[run.fifth]}, they {controls_beaten(run, run.fifth, column)[2]}"
     return f"{title}; {second.replace(' dense networks', '').replace(' of the weights', '')}"
 
 
-def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
+def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, column: str) -> None:
     """Draw the accuracies of some arms on the scale of all, but what is far below the tickets leaves the axes."""
-    dense = table.loc[table["level"] == 0, column]
-    tickets = table.loc[table["arm"] == "rewind", column]
-    scaled = pd.concat([table.loc[table["arm"].isin(MAIN_ARMS), column], means(run, column).stack()])
+    main = run.lines[run.lines["arm"].isin(MAIN_ARMS)]
+    scaled = pd.concat([main[column], means(run, column).stack()])
     high = scaled.max()
-    low = max(min(scaled.min(), high - 0.5), high - 4 * max(1, high - tickets.min()))
+    farthest = 4 * max(1, high - main.loc[main["arm"] == "rewind", column].min())
+    low = max(min(scaled.min(), high - 0.5), high - farthest)
     when = "after the last step" if column == "final_test_accuracy" else "at early stop"
     axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
+    dense = run.lines.loc[run.lines["level"] == 0, column]
     axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.12, linewidth=0)
     axes.axhline(dense.mean(), color=GREY, linestyle="--")
-    drawn = table[table["arm"].isin(shown)]
-    ends = draw_arms(axes, drawn, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
+    ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
     name_lines(axes, run, {f"dense network, {dense.mean().round(6):.2f} %": dense.mean()} | ends)
 
 
-def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], column: str) -> None:
-    """Draw the main arms' leads over the dense networks, and the bounds that decide."""
-    leads = pd.concat([compare(run, arm, "dense", column) for arm in table["arm"].unique()])
+def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, column: str) -> None:
+    """Draw main arms' leads over the dense networks on the scale of all, and the bounds that decide."""
+    leads = pd.concat([compare(run, arm, "dense", column) for arm in run.main])
     top = max(0.5, 1.1 * leads["mean"].max(), min(2.5, 1.1 * np.nan_to_num(leads["high"].max())))
     axes.set(ylim=(-1.05, top), ylabel="lead over dense\nnetworks (points)")
     axes.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
@@ -1529,11 +1506,9 @@ def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, shown: list[str], colu
         axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
         as_good = f"whole interval above -{MATCHING_MARGIN}: as good"
         names = {"whole interval above 0: better": 0, as_good: -MATCHING_MARGIN}
-    drawn = table[table["arm"].isin(shown)]
-    if len(drawn):
-        ends = draw_arms(axes, drawn, "weights_remaining", "lead", confidence_interval, markevery=slice(-1),
-                         markersize=6, err_style="bars", err_kws={"elinewidth": 1.5})
-        names |= {arm: end for arm, end in ends.items() if end < -1.05}
+    ends = draw_arms(axes, table, "weights_remaining", "lead", confidence_interval, markevery=slice(-1), markersize=6,
+                     err_style="bars", err_kws={"elinewidth": 1.5})
+    names |= {arm: end for arm, end in ends.items() if end < -1.05}
     name_lines(axes, run, names)
 
 
@@ -1566,8 +1541,7 @@ def supermask_plot(run: Run) -> Figure | None:
     column = "untrained_test_accuracy"
     averages = means(run, column)
     when = "without any training" if run.constants["REWIND_STEP"] == 0 else "where training starts"
-    level = run.fifth
-    title = f"Test accuracy {when}: {contrast(run, averages.loc[level], '{:.0f} %')}"
+    title = f"Test accuracy {when}: {contrast(run, averages.loc[run.fifth], '{:.0f} %')}"
     figure, ((axes,),) = new_figure(run, title, run.ranges)
 
     axes.set(ylim=(0, 100), ylabel="test accuracy before training (%)")
@@ -1577,7 +1551,7 @@ def supermask_plot(run: Run) -> Figure | None:
     guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
     mark_dense(axes, averages.loc[0, "dense"])
     names = ",\n".join([label(run, arm) for arm in guessing])
-    chance = f"chance, 10 %:\n{names}" if guessing else "chance, 10 %"
+    chance = f"chance, 10 %:\n{names}".removesuffix(":\n")
     name_lines(axes, run, {chance: 10} | {arm: end for arm, end in ends.items() if arm not in guessing})
     scale_density(axes, run)
     return figure
@@ -1592,8 +1566,7 @@ def learning_curves(run: Run) -> Figure:
     if len(run.arms) > 4:                                   # too many for small panels
         records = records[records["arm"].isin(["dense", *MAIN_ARMS])]
         note += "; other controls are not shown"
-    fifth = records[records["level"].isin([0, *levels_near(run, 21.1)])]
-    averages = fifth.pivot_table("error", "step", "arm").dropna()
+    averages = records[records["level"].isin([0, run.fifth])].pivot_table("error", "step", "arm").dropna()
     step = min(averages.index, key=lambda step: abs(step - 100))
     title = f"Test error after {step} steps: {contrast(run, averages.loc[step], '{:.1f} %')}"
     figure, axes = new_figure(run, title, note, 1, len(levels), wspace=0.08)
@@ -1603,11 +1576,10 @@ def learning_curves(run: Run) -> Figure:
     errors = [error for error in (90, 50, 20, 10, 5, 2, 1) if error > 0.8 * records["error"].min()]
 
     for panel, level in zip(axes[0], levels, strict=True):
-        drawn = records[records["level"].isin([0, level])]
-        panel.set(xscale="log", yscale="log")
-        ends = draw_arms(panel, drawn, "step", "error", ("pi", 100), markers=False)
+        panel.set(xscale="log", yscale="log", xlabel="training step", ylabel="test error (%)",
+                  title=f"{run.percent[level]} of weights")
+        ends = draw_arms(panel, records[records["level"].isin([0, level])], "step", "error", ("pi", 100), markers=False)
         panel.axvline(step, color="0.8", zorder=0)          # the title speaks of this step
-        panel.set(xlabel="training step", ylabel="test error (%)", title=f"{run.percent[level]} of weights")
         panel.set_xticks(steps, [f"{step:,}".replace(",000", "k") for step in steps])
         panel.set_yticks(errors, errors)
         panel.minorticks_off()
@@ -1621,9 +1593,8 @@ def leads_plot(run: Run) -> Figure | None:
     if len(run.controls) < 2:
         return None
     levels = levels_near(run, 21.1, 7.0, 3.6)
-    beaten, others = controls_beaten(run, levels[0])
-    controls = count(len(beaten) + len(others), "control")
-    title = f"With {run.percent[levels[0]]} of the weights, tickets beat {len(beaten)} of {controls}"
+    beaten, others, result = controls_beaten(run, levels[0])
+    title = f"With {run.percent[levels[0]]} of the weights, tickets {result}"
     if beaten and len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
     note = f"{run.intervals}; grey: tickets at most {MATCHING_MARGIN} points behind"
@@ -1702,14 +1673,12 @@ def early_stopping_plot(run: Run) -> Figure | None:
 
 def steps_title(run: Run) -> str:
     """Say which networks the tickets stop sooner than, or give the medians alone."""
-    level = run.fifth
-    steps = by_trial(run, "stop_step").loc[level].fillna(math.inf).median().replace(math.inf, math.nan)
-    others = ["dense", *[arm for arm in run.controls if arm in MAIN_ARMS]]
-    later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in others
-             if compare_steps(run, "rewind", arm, level)[1] == "supported"]
+    steps = run.stops.loc[(slice(None), [0, run.fifth]), "median"].droplevel("level")
+    later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in ("dense", *run.main[1:])
+             if compare_steps(run, "rewind", arm, run.fifth)[1] == "supported"]
     if later:
-        return (f"With {run.percent[level]} of the weights, tickets stop sooner (median step {steps['rewind']:,.0f}) "
-                f"than {listing(later, 'and')}")
+        return (f"With {run.percent[run.fifth]} of the weights, tickets stop sooner (median step "
+                f"{steps['rewind']:,.0f}) than {listing(later, 'and')}")
     return f"Median early-stopping step: {contrast(run, steps, '{:,.0f}')}"
 
 
@@ -1785,32 +1754,30 @@ def verdict(run: Run) -> list[str]:
     if not run.arms:
         return sentences
 
-    main = [arm for arm in MAIN_ARMS if arm in run.arms]
-    level = run.fifth
-    given = f"With {run.percent[level]} of the weights, tickets"
-    leads = [lead_in_words(run, arm, level) for arm in ("dense", *main[1:])]
     if run.trials >= 3:
-        sentences += [f"{capitalise(against_dense(run, arm))}." for arm in main]
+        found = [against_dense(run, arm) for arm in run.main]
+        sentences += [f"{text[0].upper()}{text[1:]}." for text in found]
         behind = behind_from(run, "rewind")
-        if behind and behind not in sentences[1]:
+        if behind and behind not in found[0]:
             sentences.append(f"Tickets fall behind dense networks at {behind} and sparser.")
+    leads = []
+    for arm in ("dense", *run.main[1:]):
+        lead = compare(run, "rewind", arm).loc[run.fifth]
+        verb = {"ahead": "beat", "behind": "trail"}.get(lead["word"])
+        words = f"{verb} {plural(run, arm)} by {lead['text'].lstrip('+-')} points"
+        if verb is None:
+            words = f"differ from {plural(run, arm)} by {lead['text']} points ({lead['word']})"
+        leads.append(words)
+    given = f"With {run.percent[run.fifth]} of the weights, tickets"
     sentences.append(f"{given} {'; they '.join(leads)}.")
-    if run.trials >= 3 and set(run.controls) - set(MAIN_ARMS):
-        beaten, others = controls_beaten(run, level)
+    if run.trials >= 3 and run.main != run.arms:
+        beaten, others, _ = controls_beaten(run, run.fifth)
         sentence = f"{given} beat {listing(beaten, 'and') or 'no control'}"
         if beaten and others:
             sentence += f", but not {listing(others, 'or')}"
         sentences.append(f"{sentence}.")
-    untrained = contrast(run, means(run, "untrained_test_accuracy").loc[level], "{:.2f} %")
+    untrained = contrast(run, means(run, "untrained_test_accuracy").loc[run.fifth], "{:.2f} %")
     return [*sentences, f"Test accuracy before training: {untrained}."]
-
-
-def lead_in_words(run: Run, arm: str, level: int) -> str:
-    """Say how the tickets compare with an arm at a level."""
-    _, _, _, text, _, _, word = compare(run, "rewind", arm).loc[level]
-    if word in ("ahead", "behind"):
-        return f"{'beat' if word == 'ahead' else 'trail'} {plural(run, arm)} by {text.lstrip('+-')} points"
-    return f"differ from {plural(run, arm)} by {text} points ({word})"
 
 
 def why_untested(run: Run, claim: Claim) -> str:
@@ -1844,16 +1811,18 @@ def claims_section(run: Run) -> str:
     """Return the table of the paper's claims, and the reasons why some were not tested; nothing for other networks."""
     if (run.constants["DATASET"], run.constants["MODEL"]) != ("MNIST", "mlp"):
         return ""
-    untested = {claim: why_untested(run, claim) for claim in PAPER_CLAIMS}
     rows = []
+    reasons = ""
     for claim in PAPER_CLAIMS:
-        if not untested[claim]:
-            level, = levels_near(run, claim.percent)
+        level, = levels_near(run, claim.percent)
+        reason = why_untested(run, claim)
+        if reason:
+            reasons += f"- {claim.text}: {reason}.\n"
+        else:
             rows.append([claim.text, run.percent[level], claim.published, *judge(run, claim)])
     text = "## The paper's claims\n\n" + markdown(["claim", "weights remaining", "the paper", "here", "answer"], rows)
-    reasons = [f"- {claim.text}: {reason}.\n" for claim, reason in untested.items() if reason]
     if reasons:
-        text += f"Not tested in this run:\n\n{''.join(reasons)}\n"
+        text += f"Not tested in this run:\n\n{reasons}\n"
     return text
 
 
@@ -1929,11 +1898,10 @@ def summary(run: Run) -> str:
     if run.arms:
         text += "![Test accuracy versus weights remaining](comparison_plot.png)\n\n"
         text += claims_section(run)
-        main = [arm for arm in run.arms if arm in MAIN_ARMS]
-        others = [arm for arm in run.arms if arm not in MAIN_ARMS]
         if run.controls:
             text += controls_section(run)
-        text += f"## Level by level\n\n{level_table(run, main)}"
+        text += f"## Level by level\n\n{level_table(run, run.main)}"
+        others = [arm for arm in run.arms if arm not in MAIN_ARMS]
         if others:
             text += f"<details>\n<summary>Other controls</summary>\n\n{level_table(run, others)}</details>\n\n"
         text += name_weights(run, HOW_TO_READ)
