@@ -1191,7 +1191,7 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
 
 
 def decide(low: pd.Series, high: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return whether x beats y, whether it matches y, and a word for both, by intervals of x - y; nan decides nothing."""
+    """Return whether x beats y, whether it matches y, and a word for both. Intervals of nan decide nothing."""
     above = low > -MATCHING_MARGIN
     below = high < -MATCHING_MARGIN
     beats = np.select([low > 0, high < 0], ["supported", "contradicted"], "inconclusive")
@@ -1445,14 +1445,30 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
         return None
     note = f"above: {run.ranges}; below: {run.intervals}"
     figure, axes = new_figure(run, accuracy_title(run, shown, column), note, 2, height_ratios=(2, 1), hspace=0.1)
-    dense = by_trial(run, column)["dense"][0]
+    upper, lower = axes[:, 0]
+    scale_accuracies(upper, lower, run, column)
+    dense = run.lines.loc[run.lines["level"] == 0, column]
     table = run.lines[run.lines["arm"].isin(shown)]
-    table = table.assign(lead=(table[column] - table["trial"].map(dense)).round(4))
-    draw_accuracies(axes[0, 0], run, table, column)
-    draw_leads(axes[1, 0], run, table[table["arm"].isin(MAIN_ARMS)], column)
-    mark_dense(axes[0, 0], dense.mean())
-    mark_dense(axes[1, 0], 0)
-    scale_density(axes[1, 0], run)
+    leads = table[column] - table["trial"].map(by_trial(run, column)["dense"][0])
+    table = table.assign(lead=leads.round(4))
+
+    upper.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.12, linewidth=0)
+    upper.axhline(dense.mean(), color=GREY, linestyle="--")
+    ends = draw_arms(upper, table, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
+    name_lines(upper, run, {f"dense network, {dense.mean().round(6):.2f} %": dense.mean()} | ends)
+    mark_dense(upper, dense.mean())
+
+    lower.axhline(0, color=GREY, linestyle="--")
+    names = {"dense network": 0}
+    if run.trials > 2:                                      # fewer trials have no interval
+        lower.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
+        as_good = f"whole interval above -{MATCHING_MARGIN}: as good"
+        names = {"whole interval above 0: better": 0, as_good: -MATCHING_MARGIN}
+    ends = draw_arms(lower, table[table["arm"].isin(MAIN_ARMS)], "weights_remaining", "lead", confidence_interval,
+                     markevery=slice(-1), markersize=6, err_style="bars", err_kws={"elinewidth": 1.5})
+    name_lines(lower, run, names | {arm: end for arm, end in ends.items() if end < -1.05})
+    mark_dense(lower, 0)
+    scale_density(lower, run)
     figure.align_ylabels()
     return figure
 
@@ -1476,40 +1492,20 @@ def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     return f"{title}; {second.replace(' dense networks', '').replace(' of the weights', '')}"
 
 
-def draw_accuracies(axes: Axes, run: Run, table: pd.DataFrame, column: str) -> None:
-    """Draw the accuracies of some arms on the scale of all, but what is far below the tickets leaves the axes."""
+def scale_accuracies(upper: Axes, lower: Axes, run: Run, column: str) -> None:
+    """Scale accuracies and leads for all arms; what is far below the tickets or dense networks leaves the axes."""
     main = run.lines[run.lines["arm"].isin(MAIN_ARMS)]
     scaled = pd.concat([main[column], means(run, column).stack()])
     high = scaled.max()
     farthest = 4 * max(1, high - main.loc[main["arm"] == "rewind", column].min())
     low = max(min(scaled.min(), high - 0.5), high - farthest)
     when = "after the last step" if column == "final_test_accuracy" else "at early stop"
-    axes.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
+    upper.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
-    dense = run.lines.loc[run.lines["level"] == 0, column]
-    axes.axhspan(dense.min(), dense.max(), color=GREY, alpha=0.12, linewidth=0)
-    axes.axhline(dense.mean(), color=GREY, linestyle="--")
-    ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
-    name_lines(axes, run, {f"dense network, {dense.mean().round(6):.2f} %": dense.mean()} | ends)
-
-
-def draw_leads(axes: Axes, run: Run, table: pd.DataFrame, column: str) -> None:
-    """Draw main arms' leads over the dense networks on the scale of all, and the bounds that decide."""
     leads = pd.concat([compare(run, arm, "dense", column) for arm in run.main])
     top = max(0.5, 1.1 * leads["mean"].max(), min(2.5, 1.1 * np.nan_to_num(leads["high"].max())))
-    axes.set(ylim=(-1.05, top), ylabel="lead over dense\nnetworks (points)")
-    axes.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
-
-    axes.axhline(0, color=GREY, linestyle="--")
-    names = {"dense network": 0}
-    if run.trials > 2:                                      # fewer trials have no interval
-        axes.axhspan(-MATCHING_MARGIN, 0, color=GREY, alpha=0.2, linewidth=0)
-        as_good = f"whole interval above -{MATCHING_MARGIN}: as good"
-        names = {"whole interval above 0: better": 0, as_good: -MATCHING_MARGIN}
-    ends = draw_arms(axes, table, "weights_remaining", "lead", confidence_interval, markevery=slice(-1), markersize=6,
-                     err_style="bars", err_kws={"elinewidth": 1.5})
-    names |= {arm: end for arm, end in ends.items() if end < -1.05}
-    name_lines(axes, run, names)
+    lower.set(ylim=(-1.05, top), ylabel="lead over dense\nnetworks (points)")
+    lower.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
 
 
 def comparison_plot(run: Run) -> Figure | None:
@@ -1649,7 +1645,6 @@ def early_stopping_plot(run: Run) -> Figure | None:
     lower.yaxis.set_major_formatter("{x:,.0f}")
     lower.axhline(table.loc[("dense", 0), "median"], color=GREY, linestyle="--")
 
-    ends = {}
     for n, arm in enumerate(["dense", *run.arms]):
         stops = table.loc[arm]
         x = run.densities[stops.index]
@@ -1659,12 +1654,11 @@ def early_stopping_plot(run: Run) -> Figure | None:
         lower.errorbar(x, stops["median"], [stops["median"] - stops["first"], stops["last"] - stops["median"]],
                        color=look(arm).colour, marker=look(arm).marker, markeredgecolor="white", markersize=size,
                        linewidth=width, elinewidth=1.2)
-        if stops["median"].notna().iloc[-1]:
-            ends[arm] = stops["median"].iloc[-1]
         for level in stops.index[stops["missing"] > 0]:
             strip.text(x[level], -late.index(arm), stops.loc[level, "missing"], color=text_colour(arm), size=11,
                        ha="center", va="center")
-    name_lines(lower, run, ends)
+    ends = table["median"].groupby("arm").tail(1).droplevel("level").dropna()
+    name_lines(lower, run, ends.to_dict())
     if late:
         name_lines(strip, run, {arm: -row for row, arm in enumerate(late)})
     scale_density(lower, run)
@@ -1912,60 +1906,17 @@ def summary(run: Run) -> str:
     return text + "`code_version`: sha256 of the code that determines the numbers, comments aside.\n"
 
 
-# ---- Reading a results folder ----------------------------------------------------------------------------------------
-
-def read_run(folder: Path) -> Run:
-    """Read a results folder. Raises UserError if it holds no run that can be drawn."""
-    try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        records = pd.read_csv(folder / "metrics.csv")
-        mask = None
-        if (folder / "mask.csv").exists():
-            mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
-        unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
-        run = Run(info, records, measure(records), mask)
-        describe_run(run)                                   # needs some constants
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} holds no run that can be drawn, with run.json and metrics.csv ({error}).") from None
-    if unknown:
-        raise UserError(f"{folder} has arms that ARM_TABLE does not know: {', '.join(sorted(unknown))}.")
-    return run
-
-
-def redraw(folder: str | Path) -> Run:
-    """Write a results folder's networks.csv, summary.md and figures anew, from metrics.csv, run.json and mask.csv."""
-    folder = resolve_path(folder)
-    run = read_run(folder)
-    write_atomically(folder / "networks.csv", run.networks)
-    write_atomically(folder / "summary.md", summary(run).encode())
-    with matplotlib.style.context(STYLE, after_reset=True):                 # whatever style the user has set elsewhere
-        for draw in FIGURES:
-            path = folder / f"{draw.__name__}.png"
-            figure = draw(run)
-            if figure is None:
-                path.unlink(missing_ok=True)                # a stale one
-                continue
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
-            write_atomically(path, image.getvalue())
-    return run
-
-
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 RESULT_FILES = ("metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.json", "summary.md",
                 *[f"{draw.__name__}.png" for draw in FIGURES], "checkpoint.pt")
 
-
-def numbers_code(source: str) -> str:
-    """Return the code from the experiment to the banner, without comments, docstrings and blank lines."""
-    code = source.split("\n# ---- Experiment")[1].split("\n# ====")[0]
-    code = re.sub(r'"""[\s\S]*?"""', "", code)
-    code = re.sub(r"(^|\s+)#( .*)?$", "", code, flags=re.MULTILINE)         # a colour, "#0173b2", is no comment
-    return "\n".join([line for line in code.splitlines() if line.strip()])
-
-
-CODE = numbers_code(Path(__file__).read_text(encoding="utf-8"))             # now: the file may be edited while it runs
+# The code from the experiment to the banner, without docstrings, comments and blank lines. It is read now: the file may
+# be edited while it runs.
+CODE = Path(__file__).read_text(encoding="utf-8").split("\n# ---- Experiment")[1].split("\n# ====")[0]
+CODE = re.sub(r'"""[\s\S]*?"""', "", CODE)
+CODE = re.sub(r"(^|\s+)#( .*)?$", "", CODE, flags=re.MULTILINE)             # a colour, "#0173b2", is no comment
+CODE = "\n".join([line for line in CODE.splitlines() if line.strip()])
 VERSION = hashlib.sha256(CODE.encode()).hexdigest()
 
 
@@ -1974,18 +1925,21 @@ def resolve_path(path: str | Path) -> Path:
     return Path(__file__).resolve().parent / os.path.expanduser(path)
 
 
-def write_atomically(path: Path, content: bytes | pd.DataFrame | dict) -> None:
-    """Write bytes, a table as CSV, or tensors by torch.save to a temporary file, and rename it, in case of a kill."""
-    if isinstance(content, pd.DataFrame):
-        content = content.to_csv(index=False, lineterminator="\n").encode()
-    if isinstance(content, dict):
-        buffer = io.BytesIO()                               # if the disk is full, torch.save would hide the OSError
+def write_atomically(path: Path, content: str | pd.DataFrame | Figure | dict) -> None:
+    """Write text, a table as CSV, a figure as PNG or tensors to a temporary file, and rename it, in case of a kill."""
+    buffer = io.BytesIO()                                   # if the disk is full, torch.save would hide the OSError
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    elif isinstance(content, pd.DataFrame):
+        content.to_csv(buffer, index=False, lineterminator="\n")
+    elif isinstance(content, Figure):
+        content.savefig(buffer, format="png", dpi=150)
+    else:
         torch.save(content, buffer)
-        content = buffer.getvalue()
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(buffer.getvalue())
             os.fsync(file.fileno())                         # flush before renaming, against power loss
         temporary.replace(path)
     finally:
@@ -1996,15 +1950,59 @@ def load_verified(path: Path) -> dict:
     """Load what torch.save wrote. Raises BadZipFile for damaged files; torch.load does not verify checksums."""
     content = io.BytesIO(path.read_bytes())
     try:
-        damaged = zipfile.ZipFile(content).testzip() is not None
+        if zipfile.ZipFile(content).testzip():
+            raise zipfile.BadZipFile
     except Exception as error:                              # a damaged zip archive can fail in many ways
         if out_of_memory(error):
             raise
-        damaged = True
-    if damaged:
-        raise zipfile.BadZipFile
+        raise zipfile.BadZipFile from None
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def explain_errors(sentence: str) -> Iterator[None]:
+    """Turn an error into a UserError: a sentence, and the reason in parentheses. Lack of memory is never the reason."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{sentence} ({reason}).") from None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a results folder. Raises UserError if it holds no run that can be drawn."""
+    with explain_errors(f"{folder} holds no run that can be drawn, with run.json and metrics.csv"):
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        records = pd.read_csv(folder / "metrics.csv")
+        mask = None
+        if (folder / "mask.csv").exists():
+            mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
+        unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
+        if unknown:
+            raise ValueError(f"arms that ARM_TABLE does not know: {', '.join(sorted(unknown))}")
+        run = Run(info, records, measure(records), mask)
+        describe_run(run)                                   # needs some constants
+    return run
+
+
+def redraw(folder: str | Path) -> Run:
+    """Write a results folder's networks.csv, summary.md and figures anew, from metrics.csv, run.json and mask.csv."""
+    folder = resolve_path(folder)
+    run = read_run(folder)
+    write_atomically(folder / "networks.csv", run.networks)
+    write_atomically(folder / "summary.md", summary(run))
+    with matplotlib.style.context(STYLE, after_reset=True):                 # whatever style the user has set elsewhere
+        for draw in FIGURES:
+            path = folder / f"{draw.__name__}.png"
+            figure = draw(run)
+            if figure is None:
+                path.unlink(missing_ok=True)                # a stale one
+            else:
+                write_atomically(path, figure)
+    return run
 
 
 # ---- A results folder holds one run ----------------------------------------------------------------------------------
@@ -2047,13 +2045,10 @@ def identify(info: dict, device: torch.device) -> dict:
 
 def read_checkpoint(folder: Path) -> tuple[dict, State]:
     """Return (identity, state), or ({}, State()) if the checkpoint is missing or damaged."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return {}, State()
     try:
-        saved = load_verified(path)
+        saved = load_verified(folder / "checkpoint.pt")
         return saved["identity"], State(**saved["state"])
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, TypeError):
+    except (FileNotFoundError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, TypeError):
         return {}, State()
 
 
@@ -2098,25 +2093,17 @@ def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
                "pruned_at": stack([state.pruned_at[trial] for trial in range(TRIALS)])}
     write_atomically(folder / "tickets.pt", tickets)
     info["constants"]["LEVELS"] = max(LEVELS, state.level)
-    write_atomically(folder / "run.json", json.dumps(info, indent=1).encode())
-    pruned_at = next(iter(tickets["pruned_at"].values()))
-    if pruned_at.shape[2:] == (28 * 28,):                   # a convolution's weights belong to no pixel
-        write_atomically(folder / "mask.csv", mask_table(pruned_at, data["train"][0], state.level))
+    write_atomically(folder / "run.json", json.dumps(info, indent=1))
+    name, pruned_at = next(iter(tickets["pruned_at"].items()))
+    if pruned_at.shape[2:] == (28 * 28,):                   # (trials, units, pixels): no convolution's
+        image = data["train"][0].mean(0).flatten().cpu().numpy()
+        tables = {}
+        for level in range(state.level + 1):
+            share = masks_at(tickets["pruned_at"], level)[name].mean((0, 1)).numpy()
+            tables[level] = pd.DataFrame({"share_remaining": share, "mean_intensity": image})
+        mask = pd.concat(tables, names=["level", "pixel"]).round(4).reset_index()
+        write_atomically(folder / "mask.csv", mask)
     return redraw(folder)
-
-
-def mask_table(pruned_at: Tensor, images: Tensor, last_level: int) -> pd.DataFrame:
-    """Return, by level and pixel, the share of a first layer's connections that remain, and the pixel's mean intensity.
-
-    `pruned_at` is the first layer's, (trials, units, pixels).
-    """
-    mean_image = images.mean(0).flatten().cpu().numpy()
-    tables = []
-    for level in range(last_level + 1):
-        share = ((pruned_at == 0) | (pruned_at > level)).float().mean((0, 1)).numpy()               # (pixels,)
-        tables.append(pd.DataFrame({"level": level, "pixel": np.arange(len(share)), "share_remaining": share,
-                                    "mean_intensity": mean_image}))
-    return pd.concat(tables).round(4)
 
 
 # ---- Saved tickets ---------------------------------------------------------------------------------------------------
@@ -2126,7 +2113,7 @@ def load_tickets(path: str | Path) -> dict:
 
     Raises UserError unless it is one.
     """
-    try:
+    with explain_errors(f"{path} cannot be read as the tickets.pt of a run"):
         tickets = load_verified(resolve_path(path))
         saved = tickets["constants"]
         missing = {"DATASET", "DROPOUT", "LEVELS", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"} - set(saved)
@@ -2137,12 +2124,7 @@ def load_tickets(path: str | Path) -> dict:
         for name, weights in full_masks(tickets["theta0"]).items():
             if tickets["pruned_at"][name].shape != weights.shape:
                 raise ValueError(f"the shape of {name} differs")
-        return tickets
-    except Exception as error:                              # a damaged or foreign file can fail in any way
-        if out_of_memory(error):
-            raise
-        reason = str(error) or "it is damaged, or another kind of file"
-        raise UserError(f"{path} cannot be read as the tickets.pt of a run ({reason.splitlines()[0]}).") from None
+    return tickets
 
 
 def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
@@ -2173,15 +2155,15 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
     path = resolve_path(TICKETS_FROM)
     if path.resolve().parent == resolve_path(RESULTS_DIR).resolve():
         raise UserError("TICKETS_FROM lies in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR.")
-    tickets = load_tickets(TICKETS_FROM)
+    tickets = load_tickets(path)
     saved = tickets["constants"]
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
         if saved[name] != constants()[name]:
-            raise UserError(f"the tickets in TICKETS_FROM={TICKETS_FROM} were found with {name}={saved[name]}: set "
-                            "the same here, so that tickets with equally many weights are compared.")
+            raise UserError(f"the tickets in {path} were found with {name}={saved[name]}: set the same here, so that "
+                            "tickets with equally many weights are compared.")
     if saved["TRIALS"] < TRIALS or saved["LEVELS"] < LEVELS:
-        raise UserError(f"TICKETS_FROM={TICKETS_FROM} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: "
-                        "set TRIALS and LEVELS to no more.")
+        raise UserError(f"{path} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: set TRIALS and LEVELS to "
+                        "no more.")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
     return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
@@ -2253,8 +2235,6 @@ def report_level(state: State, seconds: float) -> None:
 
     Later levels take no longer than that one, network by network; sparse ones take less.
     """
-    if rank_and_world_size()[0] > 0:
-        return
     networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
     networks = networks[networks["level"] == state.level]
     percent = networks["weights_remaining"].iloc[0]
@@ -2362,7 +2342,10 @@ def requirements() -> Iterator[tuple[bool, str]]:
 def check_network(device: torch.device) -> None:
     """Raise UserError unless `forward` computes, for two networks at once, just what the plain network does."""
     network = build_network(MODEL, DROPOUT)
-    try:
+    with explain_errors("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
+                        "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
+                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, ten classes, the last "
+                        "layer called output, and a name"):
         weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
         images = torch.rand(1, 3, 1, 28, 28, generator=generator("check")).to(device)
@@ -2370,18 +2353,10 @@ def check_network(device: torch.device) -> None:
         expected = torch.stack([as_plain_network(network.eval(), pick(weights, n))(images[0]) for n in (0, 1)])
         torch.testing.assert_close(forward(network.train(), weights, images, kept), expected, rtol=1e-3, atol=1e-3)
         names = [name for name, _ in network.named_children()]
-        if expected.shape[2] != 10 or names[-1] != "output" or not network.name:
-            raise ValueError
-        for layer in network:
-            if getattr(layer, "inplace", False) or getattr(layer, "p", DROPOUT) != DROPOUT:
-                raise ValueError
-    except Exception as error:                              # an unsupported layer can fail in any way
-        if out_of_memory(error):
-            raise
-        raise UserError("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
-                        "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
-                        "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, ten classes, the last "
-                        "layer called output, and a name.") from None
+        shares = {getattr(layer, "p", DROPOUT) for layer in network}
+        in_place = any(getattr(layer, "inplace", False) for layer in network)
+        if expected.shape[2] != 10 or names[-1] != "output" or not network.name or shares != {DROPOUT} or in_place:
+            raise ValueError("it differs in one of these")
 
 
 def check_arms() -> None:
@@ -2393,20 +2368,15 @@ def check_arms() -> None:
     for arm in ARMS:
         own, own_masks = masked(theta0, {}), masked(masks, {})
         given = Given(own, own_masks, own, own, (own, own_masks), generator(f"arm {arm}", 0, 1))
-        try:
+        with explain_errors(f"the arm {arm} in ARM_TABLE cannot be used: it must return finite weights, zero where "
+                            "they are pruned, see `masked`, and masks of 0 and 1, with the names, shapes and types of "
+                            "those given, which it must not change"):
             weights, kept = ARM_TABLE[arm].start(given)
             wrong = ({name: tensor - tensor for name, tensor in weights.items()},           # nan unless it is finite
                      {name: mask * (1 - mask) for name, mask in kept.items()})
             torch.testing.assert_close(wrong, zeros, rtol=0, atol=0)        # compares names, shapes and types, too
             torch.testing.assert_close(masked(weights, kept), weights, rtol=0, atol=0)
             torch.testing.assert_close((own, own_masks), (theta0, masks), rtol=0, atol=0)
-        except Exception as error:                          # a user's own can fail in any way
-            if out_of_memory(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the arm {arm} in ARM_TABLE cannot be used ({reason}): it must return finite weights, "
-                            "zero where they are pruned, see `masked`, and masks of 0 and 1, with the names, shapes "
-                            "and types of those given, which it must not change.") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2423,15 +2393,13 @@ def run_or_resume(device: torch.device) -> None:
     tempfile.TemporaryFile(dir=folder).close()              # if it is not writable, fail now
     init_distributed()
     rank, _ = rank_and_world_size()
-    if rank > 0:
-        gather(None)                                        # wait until the first process has unpacked the data
-    data = load_dataset(device)
-    if rank == 0:
-        gather(None)
     state = State()
     if rank == 0:
+        data = load_dataset(device)
         state = load_state(folder, identity)
-    state = gather(state)[0]                                # the first process's, on all of them
+    state = gather(state)[0]                                # the first process's; meanwhile it has unpacked the data
+    if rank > 0:
+        data = load_dataset(device)
 
     try:
         if state.level < LEVELS:
@@ -2451,9 +2419,8 @@ def run_or_resume(device: torch.device) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out; PyTorch's CPU allocator raises a plain RuntimeError."""
-    words = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in words or "allocate memory" in words))
+    lacking = isinstance(error, RuntimeError) and re.search("(not enough|allocate) memory", str(error))
+    return bool(lacking) or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def main(arguments: list[str]) -> None:
