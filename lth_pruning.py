@@ -1180,10 +1180,7 @@ def means(run: Run, column: str) -> pd.DataFrame:
 
 
 def confidence_interval(differences: pd.Series) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of paired differences by Student's t, in points.
-
-    It is (nan, nan) for fewer than three differences, and if all are equal: no spread, no estimate of the error.
-    """
+    """Return the 95 % confidence interval of a mean by Student's t; nan for fewer than three values, or equal ones."""
     if len(differences) < 3 or differences.nunique() < 2:
         return math.nan, math.nan
     half_width = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
@@ -1328,9 +1325,9 @@ def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
     return run.percent.get(last_kept_up + 1, "")
 
 
-def controls_beaten(run: Run, level: int, column: str = "test_accuracy") -> tuple[list[str], list[str], str]:
-    """Return the controls that the tickets beat at a level, those that they do not, and how many these are in words."""
-    answers = {arm: compare(run, "rewind", arm, column)["beats"].get(level) for arm in run.controls}
+def controls_beaten(run: Run, column: str = "test_accuracy") -> tuple[list[str], list[str], str]:
+    """Return which controls tickets with a fifth of the weights beat, which they do not, and the number in words."""
+    answers = {arm: compare(run, "rewind", arm, column)["beats"].get(run.fifth) for arm in run.controls}
     beaten = [arm for arm, answer in answers.items() if answer == "supported"]
     others = [arm for arm, answer in answers.items() if answer not in (None, "supported")]
     return beaten, others, f"beat {len(beaten)} of {count(len(beaten) + len(others), 'control')}"
@@ -1385,15 +1382,12 @@ def scale_density(axes: Axes, run: Run) -> None:
 
 
 def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
-    """Write the names of arms, or other words, on the right of axes at the ends of their lines; push them apart.
-
-    What ends below the axes gets its value and an arrow.
-    """
+    """Write the names of arms, or other words, on the right of axes at the ends of their lines; push them apart."""
     names = sorted(ends, key=ends.get)
     words = {}
     for name in names:
         text = label(run, name)
-        if ends[name] < axes.get_ylim()[0]:
+        if ends[name] < axes.get_ylim()[0]:                 # below the axes
             text += f", {ends[name]:.1f}\u00a0↓"
         words[name] = "\n".join(textwrap.fill(line, 35) for line in text.splitlines())
     to_axes = axes.transScale + axes.transLimits
@@ -1410,10 +1404,7 @@ def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
 
 
 def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **style: Any) -> dict[str, float]:
-    """Draw each arm's mean over the trials, main arms bold and with their spread; return where the lines end.
-
-    Means below the axes are marked by triangles on the lower edge.
-    """
+    """Draw each arm's mean over the trials, main arms bold and with their spread; return where the lines end."""
     arms = table["arm"].unique()
     bottom, _ = axes.get_ylim()
     colours = {"x": x, "y": y, "hue": "arm", "palette": {arm: look(arm).colour for arm in arms}, "legend": False}
@@ -1426,21 +1417,15 @@ def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **
 
     averages = table.groupby(["arm", "level", x], as_index=False)[y].mean()
     below = averages[averages[y] < bottom].assign(**{y: bottom})
-    if len(below):
+    if len(below):                                          # triangles on the lower edge
         sns.scatterplot(below, marker="v", s=50, clip_on=False, zorder=3, ax=axes, **colours)
+    starts = averages[(averages["level"] == 0) & (averages["arm"] != "dense")].head(1)      # of all lines: dense
+    axes.plot(starts[x], starts[y], "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
     return averages.groupby("arm")[y].last().to_dict()
 
 
-def mark_dense(axes: Axes, value: float) -> None:
-    """Mark the dense networks, from which all lines start."""
-    axes.plot(100, value, "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
-
-
 def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> Figure | None:
-    """Draw test accuracy versus weights remaining and, below, the leads over dense networks that decide the title.
-
-    The scales are those of all arms, so that pictures of single arms can be shown one after the other.
-    """
+    """Draw test accuracy versus weights remaining and, below, the leads over dense networks that decide the title."""
     if not set(shown) & set(run.arms):
         return None
     note = f"above: {run.ranges}; below: {run.intervals}"
@@ -1456,7 +1441,6 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
     upper.axhline(dense.mean(), color=GREY, linestyle="--")
     ends = draw_arms(upper, table, "weights_remaining", column, ("pi", 100), markevery=slice(-1))
     name_lines(upper, run, {f"dense network, {dense.mean().round(6):.2f} %": dense.mean()} | ends)
-    mark_dense(upper, dense.mean())
 
     lower.axhline(0, color=GREY, linestyle="--")
     names = {"dense network": 0}
@@ -1467,7 +1451,6 @@ def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> 
     ends = draw_arms(lower, table[table["arm"].isin(MAIN_ARMS)], "weights_remaining", "lead", confidence_interval,
                      markevery=slice(-1), markersize=6, err_style="bars", err_kws={"elinewidth": 1.5})
     name_lines(lower, run, names | {arm: end for arm, end in ends.items() if end < -1.05})
-    mark_dense(lower, 0)
     scale_density(lower, run)
     figure.align_ylabels()
     return figure
@@ -1488,17 +1471,17 @@ def accuracy_title(run: Run, shown: list[str], column: str) -> str:
     elif set(shown) <= {"rewind", "reinit"}:
         second = against_dense(run, "reinit", column)
     else:
-        second = f"with {run.percent[run.fifth]}, they {controls_beaten(run, run.fifth, column)[2]}"
+        second = f"with {run.percent[run.fifth]}, they {controls_beaten(run, column)[2]}"
     return f"{title}; {second.replace(' dense networks', '').replace(' of the weights', '')}"
 
 
 def scale_accuracies(upper: Axes, lower: Axes, run: Run, column: str) -> None:
-    """Scale accuracies and leads for all arms; what is far below the tickets or dense networks leaves the axes."""
+    """Scale accuracies and leads for all arms, so that pictures of single arms can be shown one after the other."""
     main = run.lines[run.lines["arm"].isin(MAIN_ARMS)]
     scaled = pd.concat([main[column], means(run, column).stack()])
     high = scaled.max()
     farthest = 4 * max(1, high - main.loc[main["arm"] == "rewind", column].min())
-    low = max(min(scaled.min(), high - 0.5), high - farthest)
+    low = max(min(scaled.min(), high - 0.5), high - farthest)               # what is below it leaves the axes
     when = "after the last step" if column == "final_test_accuracy" else "at early stop"
     upper.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), ylabel=f"test accuracy {when} (%)")
 
@@ -1545,7 +1528,6 @@ def supermask_plot(run: Run) -> Figure | None:
     table = run.lines[run.lines["arm"] != "finetune"]       # it has been trained
     ends = draw_arms(axes, table, "weights_remaining", column, ("pi", 100))
     guessing = [arm for arm in run.arms if arm in ends and averages[arm].max() < 20]
-    mark_dense(axes, averages.loc[0, "dense"])
     names = ",\n".join([label(run, arm) for arm in guessing])
     chance = f"chance, 10 %:\n{names}".removesuffix(":\n")
     name_lines(axes, run, {chance: 10} | {arm: end for arm, end in ends.items() if arm not in guessing})
@@ -1589,7 +1571,7 @@ def leads_plot(run: Run) -> Figure | None:
     if len(run.controls) < 2:
         return None
     levels = levels_near(run, 21.1, 7.0, 3.6)
-    beaten, others, result = controls_beaten(run, levels[0])
+    beaten, others, result = controls_beaten(run)
     title = f"With {run.percent[levels[0]]} of the weights, tickets {result}"
     if beaten and len(others) in (1, 2):
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
@@ -1765,7 +1747,7 @@ def verdict(run: Run) -> list[str]:
     given = f"With {run.percent[run.fifth]} of the weights, tickets"
     sentences.append(f"{given} {'; they '.join(leads)}.")
     if run.trials >= 3 and run.main != run.arms:
-        beaten, others, _ = controls_beaten(run, run.fifth)
+        beaten, others, _ = controls_beaten(run)
         sentence = f"{given} beat {listing(beaten, 'and') or 'no control'}"
         if beaten and others:
             sentence += f", but not {listing(others, 'or')}"
@@ -2023,10 +2005,7 @@ def run_info(device: torch.device, tickets_from: dict | None) -> dict:
 
 
 def identify(info: dict, device: torch.device) -> dict:
-    """Return what two runs must have in common so that one can resume the other.
-
-    The number of threads is part of it if there are convolutions, whose last bits depend on it.
-    """
+    """Return what two runs must have in common so that one can resume the other."""
     free = ("LEVELS", "STACK_SIZE", "TICKETS_FROM", "DATA_DIR", "RESULTS_DIR", "DEVICE")
     identity = {name: value for name, value in info["constants"].items() if name not in free}
     identity |= {"code version": VERSION, "data": info["data_sha256"],
@@ -2039,7 +2018,7 @@ def identify(info: dict, device: torch.device) -> dict:
             with contextlib.suppress(OSError):              # typed in an interpreter, it has no source
                 identity[f"arm {arm}"] = inspect.getsource(start)
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
-        identity["number of threads"] = info["threads"]
+        identity["number of threads"] = info["threads"]     # on which the last bits of convolutions depend
     return identity
 
 
@@ -2109,10 +2088,7 @@ def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
 # ---- Saved tickets ---------------------------------------------------------------------------------------------------
 
 def load_tickets(path: str | Path) -> dict:
-    """Return the contents of a tickets.pt: its run's constants, theta0, and the level at which each weight was pruned.
-
-    Raises UserError unless it is one.
-    """
+    """Read a tickets.pt: its run's constants, theta0 and pruned_at. Raises UserError for other or damaged files."""
     with explain_errors(f"{path} cannot be read as the tickets.pt of a run"):
         tickets = load_verified(resolve_path(path))
         saved = tickets["constants"]
@@ -2231,10 +2207,7 @@ def progress_bar(level: int) -> tqdm:
 
 
 def report_level(state: State, seconds: float) -> None:
-    """Print a line about the level that was finished last, which took some seconds.
-
-    Later levels take no longer than that one, network by network; sparse ones take less.
-    """
+    """Print a line about the last finished level, and the time left: later levels take no longer per network."""
     networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
     networks = networks[networks["level"] == state.level]
     percent = networks["weights_remaining"].iloc[0]
@@ -2255,8 +2228,7 @@ def constants() -> dict:
     values = {name: globals()[name] for name in TYPES}
     for name, value in values.items():
         if TYPES[name] in (float, float | None) and type(value) is int:
-            with contextlib.suppress(OverflowError):        # out of range, as `requirements` will say
-                values[name] = float(value)
+            values[name] = float(value)
     return values
 
 
