@@ -1103,9 +1103,6 @@ class Run:
         """Derive what most tables and figures need."""
         self.constants = self.info["constants"]
         self.trials = self.networks["trial"].nunique()
-        self.arms = [arm for arm in ARM_TABLE if arm in set(self.networks["arm"])]
-        self.controls = [arm for arm in self.arms if arm != "rewind"]
-        self.main = [arm for arm in MAIN_ARMS if arm in self.arms]
         tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
         self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
@@ -1114,6 +1111,9 @@ class Run:
         # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
         excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
         self.compared = self.networks[excess < 1.1].astype({"stop_step": float, "catch_up_step": float})
+        self.arms = [arm for arm in ARM_TABLE if arm in set(self.compared["arm"])]
+        self.controls = [arm for arm in self.arms if arm != "rewind"]
+        self.main = [arm for arm in MAIN_ARMS if arm in self.arms]
 
         # Early stops, by arm and level. Their median is missing if half of the trials or more have not reached theirs.
         stops = self.compared.groupby(["arm", "level"])["stop_step"]
@@ -1168,8 +1168,7 @@ def levels_near(run: Run, *percents: float) -> list[int]:
 
 def by_trial(run: Run, column: str) -> pd.DataFrame:
     """Pivot a column of networks.csv: a row per level and trial, a column per arm, dense networks at every level."""
-    wide = run.compared.pivot(index=["level", "trial"], columns="arm", values=column)
-    wide = wide.reindex(columns=["dense", *run.arms])
+    wide = run.compared.pivot(index=["level", "trial"], columns="arm", values=column)[["dense", *run.arms]]
     wide["dense"] = wide["dense"].groupby("trial").transform("max")
     return wide
 
@@ -1616,17 +1615,24 @@ def early_stopping_plot(run: Run) -> Figure | None:
     if not run.stops_reached:
         return None
     table = run.stops
+    steps = table.loc[(slice(None), [0, run.fifth]), "median"].droplevel("level")
+    title = f"Median early-stopping step: {contrast(run, steps, '{:,.0f}')}"
+    beaten = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached")
+              for arm in ("dense", *run.main[1:]) if compare_steps(run, "rewind", arm, run.fifth)[1] == "supported"]
+    if beaten:
+        title = (f"With {run.percent[run.fifth]} of the weights, tickets stop sooner (median step "
+                 f"{steps['rewind']:,.0f}) than {listing(beaten, 'and')}")
     late = [arm for arm in ("dense", *run.arms) if table.loc[arm, "missing"].any()]
     note = f"medians and ranges; above: how many of {run.trials} networks have not reached their early stop"
-    figure, axes = new_figure(run, steps_title(run), note, 2, height_ratios=(len(late) + 1, 16), hspace=0.05)
+    figure, axes = new_figure(run, title, note, 2, height_ratios=(len(late) + 1, 16), hspace=0.05)
+
     strip, lower = axes[:, 0]
     strip.set(ylim=(0.4 - max(1, len(late)), 0.6), yticks=[])
     strip.set_ylabel("not\nreached", rotation=0, ha="right", va="center")
     strip.tick_params(axis="x", length=0)
     lower.set(ylim=(0, run.records["step"].max()), ylabel="early-stopping step")
     lower.yaxis.set_major_formatter("{x:,.0f}")
-    lower.axhline(table.loc[("dense", 0), "median"], color=GREY, linestyle="--")
-
+    lower.axhline(steps["dense"], color=GREY, linestyle="--")
     for n, arm in enumerate(["dense", *run.arms]):
         stops = table.loc[arm]
         x = run.densities[stops.index]
@@ -1639,23 +1645,12 @@ def early_stopping_plot(run: Run) -> Figure | None:
         for level in stops.index[stops["missing"] > 0]:
             strip.text(x[level], -late.index(arm), stops.loc[level, "missing"], color=text_colour(arm), size=11,
                        ha="center", va="center")
-    ends = table["median"].groupby("arm").tail(1).droplevel("level").dropna()
-    name_lines(lower, run, ends.to_dict())
+    ends = table["median"].groupby("arm").tail(1).droplevel("level")[["dense", *run.arms]]
+    name_lines(lower, run, ends.dropna().to_dict())
     if late:
         name_lines(strip, run, {arm: -row for row, arm in enumerate(late)})
     scale_density(lower, run)
     return figure
-
-
-def steps_title(run: Run) -> str:
-    """Say which networks the tickets stop sooner than, or give the medians alone."""
-    steps = run.stops.loc[(slice(None), [0, run.fifth]), "median"].droplevel("level")
-    later = [f"{plural(run, arm)} ({steps[arm]:,.0f})".replace("nan", "not reached") for arm in ("dense", *run.main[1:])
-             if compare_steps(run, "rewind", arm, run.fifth)[1] == "supported"]
-    if later:
-        return (f"With {run.percent[run.fifth]} of the weights, tickets stop sooner (median step "
-                f"{steps['rewind']:,.0f}) than {listing(later, 'and')}")
-    return f"Median early-stopping step: {contrast(run, steps, '{:,.0f}')}"
 
 
 def mask_plot(run: Run) -> Figure | None:
@@ -1888,7 +1883,7 @@ def summary(run: Run) -> str:
     return text + "`code_version`: sha256 of the code that determines the numbers, comments aside.\n"
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- A results folder holds one run ----------------------------------------------------------------------------------
 
 RESULT_FILES = ("metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.json", "summary.md",
                 *[f"{draw.__name__}.png" for draw in FIGURES], "checkpoint.pt")
@@ -1986,8 +1981,6 @@ def redraw(folder: str | Path) -> Run:
                 write_atomically(path, figure)
     return run
 
-
-# ---- A results folder holds one run ----------------------------------------------------------------------------------
 
 def run_info(device: torch.device, tickets_from: dict | None) -> dict:
     """Return the contents of run.json: everything that identifies a run."""
@@ -2208,13 +2201,11 @@ def progress_bar(level: int) -> tqdm:
 
 def report_level(state: State, seconds: float) -> None:
     """Print a line about the last finished level, and the time left: later levels take no longer per network."""
-    networks = measure(pd.DataFrame([row for row in state.records if row["level"] in (0, state.level)]))
-    networks = networks[networks["level"] == state.level]
-    percent = networks["weights_remaining"].iloc[0]
+    networks = measure(pd.DataFrame(state.records)).query("level == @state.level")
     means = networks.groupby("arm")["test_accuracy"].mean().round(6)
     cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in ARMS]
-    seconds_per_step = seconds / network_steps(state.level)
-    minutes = (LEVELS - state.level) * network_steps(1) * seconds_per_step / 60
+    percent = networks["weights_remaining"].iloc[0]
+    minutes = seconds / 60 / network_steps(state.level) * (LEVELS - state.level) * network_steps(1)
     say(f"{state.level:5}{percent:18.1f} %{''.join(cells)}{minutes:8.1f} min")
 
 
@@ -2242,10 +2233,9 @@ def read_arguments(arguments: list[str]) -> dict:
         if name not in TYPES:
             meant, = difflib.get_close_matches(name.upper(), TYPES, n=1, cutoff=0)
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
-        try:
+        value = text                                        # a bare word, unless it is a literal
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):           # a bare word
-            value = text
         if TYPES[name] is tuple and isinstance(value, str):                             # ARMS=rewind,oneshot
             value = tuple(word.strip() for word in value.split(","))
         elif TYPES[name] in (str, str | None) and not isinstance(value, TYPES[name]):
