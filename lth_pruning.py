@@ -1363,10 +1363,9 @@ def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1
     title = title[0].upper() + title[1:].replace(" %", "\u00a0%")
     broken = [textwrap.fill(title, width, break_on_hyphens=False) for width in range(40, 89)]
     title = min(broken, key=lambda text: text.count("\n"))                  # in few lines, none of which is short
-    height = 0.042 * (1 + title.count("\n"))
     grey = f"{describe_run(run)}\n{shown.capitalize()}"
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
-    figure.text(0.012, 0.962 - height, grey, size=11, color="0.4", va="top", linespacing=1.3)
+    figure.text(0.012, 0.962 - 0.042 * (1 + title.count("\n")), grey, size=11, color="0.4", va="top", linespacing=1.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
     return figure, axes
 
@@ -1423,8 +1422,9 @@ def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **
     return averages.groupby("arm")[y].last().to_dict()
 
 
-def accuracy_plot(run: Run, shown: list[str], column: str = "test_accuracy") -> Figure | None:
-    """Draw test accuracy versus weights remaining and, below, the leads over dense networks that decide the title."""
+def comparison_plot(run: Run, shown: list[str] | None = None, column: str = "test_accuracy") -> Figure | None:
+    """Draw the test accuracy of some arms, or all, and below it the leads over dense networks that decide the title."""
+    shown = shown or run.arms
     if not set(shown) & set(run.arms):
         return None
     note = f"above: {run.ranges}; below: {run.intervals}"
@@ -1490,26 +1490,21 @@ def scale_accuracies(upper: Axes, lower: Axes, run: Run, column: str) -> None:
     lower.locator_params(axis="y", nbins=4, steps=[1, 5, 10])
 
 
-def comparison_plot(run: Run) -> Figure | None:
-    """Draw all arms."""
-    return accuracy_plot(run, run.arms)
-
-
 def accuracy_plot_iterative(run: Run) -> Figure | None:
     """Draw the tickets, on the axes of the comparison."""
-    return accuracy_plot(run, ["rewind"])
+    return comparison_plot(run, ["rewind"])
 
 
 def accuracy_plot_reinit(run: Run) -> Figure | None:
     """Draw the re-initialised networks, on the axes of the comparison."""
-    return accuracy_plot(run, ["reinit"])
+    return comparison_plot(run, ["reinit"])
 
 
 def final_accuracy_plot(run: Run) -> Figure | None:
     """Draw the comparison after the last step, as in the paper's figure 4, if networks stopped early before it."""
     if not run.stops_reached:
         return None
-    return accuracy_plot(run, run.arms, "final_test_accuracy")
+    return comparison_plot(run, column="final_test_accuracy")
 
 
 def supermask_plot(run: Run) -> Figure | None:
@@ -1984,13 +1979,12 @@ def redraw(folder: str | Path) -> Run:
 
 def run_info(device: torch.device, tickets_from: dict | None) -> dict:
     """Return the contents of run.json: everything that identifies a run."""
-    libraries = (torch, torchvision, np, pd, matplotlib, sns)
+    versions = {library.__name__: str(library.__version__) for library in (torch, torchvision, np, pd, matplotlib, sns)}
     return {
         "constants": constants(),
         "code_version": VERSION,
         "data_sha256": CONTENTS[DATASET],
-        "versions": {"python": sys.version.split()[0]} | {library.__name__: str(library.__version__)
-                                                          for library in libraries},
+        "versions": {"python": sys.version.split()[0]} | versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "tickets_from": tickets_from,
@@ -2263,9 +2257,13 @@ def requirements() -> Iterator[tuple[bool, str]]:
     for name, choices in words.items():
         value = globals()[name]
         yield value in choices, f"{name} must be one of {', '.join(choices)}, not {value}"
-    for name in ("TRIALS", "EPOCHS", "BATCH_SIZE", "VALIDATION_SIZE", "EVAL_EVERY", "STACK_SIZE"):
+    limits = {"LEVELS": (0, 255),                           # tickets.pt has 8 bits for them
+              "TRIALS": (1, 1_000), "EPOCHS": (1, 1_000_000), "EVAL_EVERY": (1, 1_000_000), "STACK_SIZE": (1, 1_000_000),
+              "VALIDATION_SIZE": (1, 59_999), "BATCH_SIZE": (1, 60_000 - VALIDATION_SIZE), "DROPOUT": (0, 0.99),
+              "SEED": (0, 2**63 - 1)}
+    for name, (low, high) in limits.items():
         value = globals()[name]
-        yield value is None or value >= 1, f"{name} must be at least 1, not {value}"
+        yield value is None or low <= value <= high, f"{name} must be {low} to {high}, not {value}"
     yield DATA_DIR and RESULTS_DIR, "DATA_DIR and RESULTS_DIR must be the paths of folders"
     yield re.fullmatch(r"auto|cpu|cuda(:\d+)?", DEVICE), f"DEVICE must be auto, cpu, cuda, or cuda:1, not {DEVICE}"
     known = all(isinstance(arm, str) and arm in ARM_TABLE for arm in ARMS)
@@ -2274,13 +2272,7 @@ def requirements() -> Iterator[tuple[bool, str]]:
     yield "rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned"
     yield ("transfer" in ARMS) == (TICKETS_FROM is not None), ("the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
                                                                "the arm: set both or neither")
-    yield TRIALS <= 1_000, f"TRIALS must be at most 1000, not {TRIALS}"
-    yield 0 <= LEVELS <= 255, f"LEVELS must be 0 to 255, not {LEVELS}"      # tickets.pt has 8 bits for them
     yield 0 < PRUNE_RATE < 1, f"PRUNE_RATE must be between 0 and 1, not {PRUNE_RATE}"
-    yield 0 <= DROPOUT <= 0.99, f"DROPOUT must be 0 to 0.99, not {DROPOUT}"
-    yield 0 <= SEED < 2**63, f"SEED must be 0 to 2**63 - 1, not {SEED}"
-    yield VALIDATION_SIZE < 60_000, f"VALIDATION_SIZE must be below 60000, not {VALIDATION_SIZE}"
-    yield BATCH_SIZE <= 60_000 - VALIDATION_SIZE, "BATCH_SIZE must be at most the number of training images"
     yield 0 < LEARNING_RATE < math.inf, f"LEARNING_RATE must be above 0, not {LEARNING_RATE}"
     yield 0 <= WEIGHT_DECAY < math.inf, f"WEIGHT_DECAY must be at least 0, not {WEIGHT_DECAY}"
     yield CLIP_NORM is None or 0 < CLIP_NORM < math.inf, f"CLIP_NORM must be above 0, or None, not {CLIP_NORM}"
@@ -2415,9 +2407,8 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if "IPython" not in sys.modules:                        # a notebook has its own streams and signals
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.reconfigure(errors="replace")        # a console may not be able to show every character
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="replace")            # a console may not be able to show every character
         socket.setdefaulttimeout(30)                        # seconds; torchvision itself would wait for ever
         if rank_and_world_size()[1] == 1:                   # a process that waits for others hears no signal
             signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -11,11 +11,11 @@ from conftest import DEFAULTS, SCRIPT
 BAD = [line.split("  ", 1) for line in """\
 TRIALS=True  TRIALS must be of type int, not True.
 LEVELS=256  LEVELS must be 0 to 255, not 256.
-BATCH_SIZE=55001  BATCH_SIZE must be at most the number of training images.
+BATCH_SIZE=55001  BATCH_SIZE must be 1 to 55000, not 55001.
 VALIDATION_SIZE=all  VALIDATION_SIZE must be of type int, not 'all'.
 DATASET=mnist  DATASET must be one of MNIST, FashionMNIST, not mnist.
 SCHEDULE=cosine  SCHEDULE must be one of constant, linear, not cosine.
-STACK_SIZE=0  STACK_SIZE must be at least 1, not 0.
+STACK_SIZE=0  STACK_SIZE must be 1 to 1000000, not 0.
 MODEL=LeNet  MODEL must be mlp or lenet, not 'LeNet'.
 ARMS=rewind,rewnd  ARMS may contain only rewind, reinit
 ARMS=['rewind']  ARMS must be of type tuple, not ['rewind'].
@@ -24,7 +24,7 @@ ARMS=rewind,transfer  the arm transfer needs TICKETS_FROM
 REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of a training, not 1287.
 LEVELS=60  LEVELS=60 and PRUNE_RATE=0.2 are incompatible: level 43 would prune 0 of the 2 weights left in fc2.weight.
 PRUNE_RATE=1e-6  level 1 would prune 0 of the 235200 weights left in fc1.weight.
-SEED=9223372036854775808  SEED must be 0 to 2**63 - 1, not 9223372036854775808.
+SEED=9223372036854775808  SEED must be 0 to 9223372036854775807, not 9223372036854775808.
 DEVICE=mps  DEVICE must be auto, cpu, cuda, or cuda:1, not mps.
 DEVICE=cuda:99  DEVICE=cuda:99 cannot be used here; DEVICE=auto takes a GPU if there is one.
 RESULTS_DIR=/dev/null/results  Not a directory: '/dev/null/results'.
@@ -47,7 +47,7 @@ def test_as_a_program_it_prints_the_sentence_and_exits_with_code_2(tmp_path):
     words = [sys.executable, str(SCRIPT), f"RESULTS_DIR={tmp_path}", "TRIALS=0"]
     result = subprocess.run(words, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "lth_pruning: TRIALS must be at least 1, not 0.\n"
+    assert result.stderr == "lth_pruning: TRIALS must be 1 to 1000, not 0.\n"
 
 
 @pytest.mark.parametrize(("argument", "value"), [
