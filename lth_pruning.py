@@ -1187,8 +1187,8 @@ def confidence_interval(differences: pd.Series) -> tuple[float, float]:
 
 
 def decide(low: pd.Series, high: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return whether x beats y, whether it matches y, and a word for both. Intervals of nan decide nothing."""
-    above = low > -MATCHING_MARGIN
+    """Return whether x beats y, whether it matches y, and a word for both, by intervals of x - y in points."""
+    above = low > -MATCHING_MARGIN                          # nan is neither above nor below
     below = high < -MATCHING_MARGIN
     beats = np.select([low > 0, high < 0], ["supported", "contradicted"], "inconclusive")
     matches = np.select([above, below, high < 0], ["supported", "contradicted", "behind, size open"], "inconclusive")
@@ -1206,9 +1206,9 @@ def compare(run: Run, x: str, y: str, column: str = "test_accuracy") -> pd.DataF
     levels = differences.groupby("level")
     rows = [[values.mean(), *confidence_interval(values)] for _, values in levels]
     table = pd.DataFrame(rows, list(levels.groups), ["mean", "low", "high"])
-    means = (table["mean"].round(2) + 0.0).map("{:+.2f}".format)            # + 0.0 turns -0.0 into 0.0
+    averages = (table["mean"].round(2) + 0.0).map("{:+.2f}".format)         # + 0.0 turns -0.0 into 0.0
     half_widths = ((table["high"] - table["low"]) / 2).map(" ± {:.2f}".format)
-    table["text"] = means + half_widths.replace(" ± nan", "")
+    table["text"] = averages + half_widths.replace(" ± nan", "")
     table["beats"], table["matches"], table["word"] = decide(table["low"], table["high"])
     return table
 
@@ -1417,7 +1417,8 @@ def draw_arms(axes: Axes, table: pd.DataFrame, x: str, y: str, errorbar: Any, **
     below = averages[averages[y] < bottom].assign(**{y: bottom})
     if len(below):                                          # triangles on the lower edge
         sns.scatterplot(below, marker="v", s=50, clip_on=False, zorder=3, ax=axes, **colours)
-    starts = averages[(averages["level"] == 0) & (averages["arm"] != "dense")].head(1)      # of all lines: dense
+    # The dense networks, if each arm's line starts there
+    starts = averages[(averages["level"] == 0) & (averages["arm"] != "dense")].head(1)
     axes.plot(starts[x], starts[y], "o", color=GREY, markersize=8, markeredgecolor="white", zorder=3)
     return averages.groupby("arm")[y].last().to_dict()
 
@@ -1934,7 +1935,7 @@ def load_verified(path: Path) -> dict:
 
 @contextlib.contextmanager
 def explain_errors(sentence: str) -> Iterator[None]:
-    """Turn an error into a UserError: a sentence, and the reason in parentheses. Lack of memory is never the reason."""
+    """Turn any error into a UserError: a sentence and, in parentheses, the reason. Lack of memory stays what it is."""
     try:
         yield
     except Exception as error:
@@ -2257,10 +2258,10 @@ def requirements() -> Iterator[tuple[bool, str]]:
     for name, choices in words.items():
         value = globals()[name]
         yield value in choices, f"{name} must be one of {', '.join(choices)}, not {value}"
-    limits = {"LEVELS": (0, 255),                           # tickets.pt has 8 bits for them
-              "TRIALS": (1, 1_000), "EPOCHS": (1, 1_000_000), "EVAL_EVERY": (1, 1_000_000), "STACK_SIZE": (1, 1_000_000),
-              "VALIDATION_SIZE": (1, 59_999), "BATCH_SIZE": (1, 60_000 - VALIDATION_SIZE), "DROPOUT": (0, 0.99),
-              "SEED": (0, 2**63 - 1)}
+    limits = {"LEVELS": (0, 255), "TRIALS": (1, 1_000),     # tickets.pt has 8 bits for levels
+              "EPOCHS": (1, 1_000_000), "EVAL_EVERY": (1, 1_000_000), "STACK_SIZE": (1, 1_000_000),
+              "VALIDATION_SIZE": (1, 59_999), "BATCH_SIZE": (1, 60_000 - VALIDATION_SIZE),
+              "DROPOUT": (0, 0.99), "SEED": (0, 2**63 - 1)}
     for name, (low, high) in limits.items():
         value = globals()[name]
         yield value is None or low <= value <= high, f"{name} must be {low} to {high}, not {value}"

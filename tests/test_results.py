@@ -219,6 +219,8 @@ def test_controls_are_asked_their_own_question():
     for _, pair, cell, sparser, _ in rows:
         assert cell == f"{in_words(differences(networks, *pair.split(' - '), 7))}: {expected[pair]}"
         assert (sparser == "has more weights") == ("small_dense" in pair)
+    networks.loc[networks["arm"] == "small_dense", "weights_remaining"] *= 2             # at no level small enough
+    assert "small_dense" not in lth.summary(lth.Run(run.info, run.records, networks)).split("## Constants")[0]
 
 
 @pytest.mark.parametrize("name", GALLERY)
