@@ -1933,6 +1933,12 @@ def load_verified(path: Path) -> dict:
     return torch.load(content, map_location="cpu", weights_only=True)
 
 
+def require(holds: Any, sentence: str) -> None:
+    """Raise UserError with a sentence unless something holds."""
+    if not holds:
+        raise UserError(f"{sentence}.")
+
+
 @contextlib.contextmanager
 def explain_errors(sentence: str) -> Iterator[None]:
     """Turn any error into a UserError: a sentence and, in parentheses, the reason. Lack of memory stays what it is."""
@@ -2030,9 +2036,8 @@ def load_state(folder: Path, identity: dict) -> State:
             say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
         return state
     if saved:
-        different = sorted(name for name in identity | saved if identity.get(name) != saved.get(name))
-        say(f"{folder} holds another run (with another {', another '.join(different)}): its files will be moved to "
-            "previous/ in it")
+        differ = ", another ".join(sorted(name for name in identity | saved if identity.get(name) != saved.get(name)))
+        say(f"{folder} holds another run (with another {differ}): its files will be moved to previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
     return State()
@@ -2117,17 +2122,15 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
     if TICKETS_FROM is None:
         return {}, None
     path = resolve_path(TICKETS_FROM)
-    if path.resolve().parent == resolve_path(RESULTS_DIR).resolve():
-        raise UserError("TICKETS_FROM lies in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR.")
+    require(path.resolve().parent != resolve_path(RESULTS_DIR).resolve(),
+            "TICKETS_FROM lies in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR")
     tickets = load_tickets(path)
     saved = tickets["constants"]
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
-        if saved[name] != constants()[name]:
-            raise UserError(f"the tickets in {path} were found with {name}={saved[name]}: set the same here, so that "
-                            "tickets with equally many weights are compared.")
-    if saved["TRIALS"] < TRIALS or saved["LEVELS"] < LEVELS:
-        raise UserError(f"{path} holds {saved['TRIALS']} trials and {saved['LEVELS']} levels: set TRIALS and LEVELS to "
-                        "no more.")
+        require(saved[name] == constants()[name], f"the tickets in {path} were found with {name}={saved[name]}: set "
+                "the same here, so that tickets with equally many weights are compared")
+    require(saved["TRIALS"] >= TRIALS and saved["LEVELS"] >= LEVELS, f"{path} holds {saved['TRIALS']} trials and "
+            f"{saved['LEVELS']} levels: set TRIALS and LEVELS to no more")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
     return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
@@ -2196,6 +2199,8 @@ def progress_bar(level: int) -> tqdm:
 
 def report_level(state: State, seconds: float) -> None:
     """Print a line about the last finished level, and the time left: later levels take no longer per network."""
+    if rank_and_world_size()[0] > 0:
+        return                                              # it may have no trial at all
     networks = measure(pd.DataFrame(state.records)).query("level == @state.level")
     means = networks.groupby("arm")["test_accuracy"].mean().round(6)
     cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in ARMS]
@@ -2223,8 +2228,7 @@ def read_arguments(arguments: list[str]) -> dict:
     values = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if not (name and equals):
-            raise UserError(f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1.")
+        require(name and equals, f"{argument!r} is not of the form NAME=VALUE, such as TRIALS=1")
         if name not in TYPES:
             meant, = difflib.get_close_matches(name.upper(), TYPES, n=1, cutoff=0)
             raise UserError(f"there is no constant {name}; did you mean {meant}?")
@@ -2243,60 +2247,41 @@ def check_constants() -> None:
     """Raise UserError if a constant is of a wrong type or out of range, or if constants are incompatible."""
     for name, value in constants().items():
         kind = TYPES[name]
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}.")
-    for holds, sentence in requirements():
-        if not holds:
-            raise UserError(f"{sentence}.")
-
-
-def requirements() -> Iterator[tuple[bool, str]]:
-    """Yield each requirement of the constants: whether it holds, and in words. Each may rely on those before."""
-    words = {"DATASET": tuple(CONTENTS), "PIXELS": ("standardised", "unit_interval", "unit_length"),
-             "INIT": ("kaiming_normal", "xavier_normal"), "PRUNE_SCOPE": ("layer", "global"),
-             "SCHEDULE": ("constant", "linear")}
-    for name, choices in words.items():
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        require(right, f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+    choices = {"DATASET": tuple(CONTENTS), "PIXELS": ("standardised", "unit_interval", "unit_length"),
+               "INIT": ("kaiming_normal", "xavier_normal"), "PRUNE_SCOPE": ("layer", "global"),
+               "SCHEDULE": ("constant", "linear")}
+    for name, words in choices.items():
         value = globals()[name]
-        yield value in choices, f"{name} must be one of {', '.join(choices)}, not {value}"
+        require(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
     limits = {"LEVELS": (0, 255), "TRIALS": (1, 1_000),     # tickets.pt has 8 bits for levels
               "EPOCHS": (1, 1_000_000), "EVAL_EVERY": (1, 1_000_000), "STACK_SIZE": (1, 1_000_000),
               "VALIDATION_SIZE": (1, 59_999), "BATCH_SIZE": (1, 60_000 - VALIDATION_SIZE),
               "DROPOUT": (0, 0.99), "SEED": (0, 2**63 - 1)}
     for name, (low, high) in limits.items():
         value = globals()[name]
-        yield value is None or low <= value <= high, f"{name} must be {low} to {high}, not {value}"
-    yield DATA_DIR and RESULTS_DIR, "DATA_DIR and RESULTS_DIR must be the paths of folders"
-    yield re.fullmatch(r"auto|cpu|cuda(:\d+)?", DEVICE), f"DEVICE must be auto, cpu, cuda, or cuda:1, not {DEVICE}"
-    known = all(isinstance(arm, str) and arm in ARM_TABLE for arm in ARMS)
-    yield known, f"ARMS may contain only {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}"
-    yield len(set(ARMS)) == len(ARMS), "ARMS must name each arm once"
-    yield "rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned"
-    yield ("transfer" in ARMS) == (TICKETS_FROM is not None), ("the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
-                                                               "the arm: set both or neither")
-    yield 0 < PRUNE_RATE < 1, f"PRUNE_RATE must be between 0 and 1, not {PRUNE_RATE}"
-    yield 0 < LEARNING_RATE < math.inf, f"LEARNING_RATE must be above 0, not {LEARNING_RATE}"
-    yield 0 <= WEIGHT_DECAY < math.inf, f"WEIGHT_DECAY must be at least 0, not {WEIGHT_DECAY}"
-    yield CLIP_NORM is None or 0 < CLIP_NORM < math.inf, f"CLIP_NORM must be above 0, or None, not {CLIP_NORM}"
-    steps = EPOCHS * steps_per_epoch()
-    yield 0 <= REWIND_STEP < steps, f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}"
+        require(value is None or low <= value <= high, f"{name} must be {low} to {high}, not {value}")
 
-    network = build_network(MODEL, DROPOUT)                 # raises UserError for an unknown MODEL
-    rates = prune_rates(network)
-    remaining = {name: network.get_parameter(name).numel() for name in rates}
-    if PRUNE_SCOPE == "global":
-        rates = {"all layers": PRUNE_RATE}
-        remaining = {"all layers": sum(remaining.values())}
-    for level, name in itertools.product(range(1, LEVELS + 1), rates):
-        pruned = round(rates[name] * remaining[name])
-        yield 0 < pruned < remaining[name], (
-            f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} are incompatible: level {level} would prune {pruned} of the "
-            f"{remaining[name]} weights left in {name}")
-        remaining[name] -= pruned
+    require(DATA_DIR and RESULTS_DIR, "DATA_DIR and RESULTS_DIR must be the paths of folders")
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", DEVICE), f"DEVICE must be auto, cpu, cuda, or cuda:1, not {DEVICE}")
+    known = all(isinstance(arm, str) and arm in ARM_TABLE for arm in ARMS)
+    require(known, f"ARMS may contain only {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}")
+    require(len(set(ARMS)) == len(ARMS), "ARMS must name each arm once")
+    require("rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned")
+    require(("transfer" in ARMS) == (TICKETS_FROM is not None), "the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
+            "the arm: set both or neither")
+    require(0 < PRUNE_RATE < 1, f"PRUNE_RATE must be between 0 and 1, not {PRUNE_RATE}")
+    require(0 < LEARNING_RATE < math.inf, f"LEARNING_RATE must be above 0, not {LEARNING_RATE}")
+    require(0 <= WEIGHT_DECAY < math.inf, f"WEIGHT_DECAY must be at least 0, not {WEIGHT_DECAY}")
+    require(CLIP_NORM is None or 0 < CLIP_NORM < math.inf, f"CLIP_NORM must be above 0, or None, not {CLIP_NORM}")
+    steps = EPOCHS * steps_per_epoch()
+    require(0 <= REWIND_STEP < steps, f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}")
 
 
 def check_network(device: torch.device) -> None:
-    """Raise UserError unless `forward` computes, for two networks at once, just what the plain network does."""
-    network = build_network(MODEL, DROPOUT)
+    """Raise UserError unless `forward` computes what the plain network does, and each level prunes some weights."""
+    network = build_network(MODEL, DROPOUT)                 # raises UserError for an unknown MODEL
     with explain_errors("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
                         "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
                         "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, ten classes, the last "
@@ -2312,6 +2297,17 @@ def check_network(device: torch.device) -> None:
         in_place = any(getattr(layer, "inplace", False) for layer in network)
         if expected.shape[2] != 10 or names[-1] != "output" or not network.name or shares != {DROPOUT} or in_place:
             raise ValueError("it differs in one of these")
+
+    rates = prune_rates(network)
+    remaining = {name: network.get_parameter(name).numel() for name in rates}
+    if PRUNE_SCOPE == "global":
+        rates = {"all layers": PRUNE_RATE}
+        remaining = {"all layers": sum(remaining.values())}
+    for level, name in itertools.product(range(1, LEVELS + 1), rates):
+        pruned = round(rates[name] * remaining[name])
+        require(0 < pruned < remaining[name], f"LEVELS={LEVELS} and PRUNE_RATE={PRUNE_RATE} are incompatible: level "
+                f"{level} would prune {pruned} of the {remaining[name]} weights left in {name}")
+        remaining[name] -= pruned
 
 
 def check_arms() -> None:
