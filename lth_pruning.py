@@ -67,9 +67,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, is_color_like, to_rgb
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from scipy import stats
 from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
