@@ -24,7 +24,8 @@ def of(rows, arm: str, level: int):
 
 
 def test_a_run_prints_a_line_per_level_and_leaves_its_files(reduced_run):
-    """Means of the test accuracies at the lowest validation loss. No warning, and no bar without a terminal."""
+    """Means of the test accuracies at the lowest validation loss, and the time left. No warning, and no bar without a
+    terminal."""
     folder, result = reduced_run
     assert (result.returncode, result.stderr) == (0, "")
     pictures = {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG\r\n")}
@@ -38,6 +39,8 @@ def test_a_run_prints_a_line_per_level_and_leaves_its_files(reduced_run):
     for (level, line), (place, arm) in itertools.product(enumerate(lines), ((3, "rewind"), (5, "reinit"))):
         mean = of(stops, arm if level else "dense", level)["test_accuracy"].mean()
         assert float(line[place]) == pytest.approx(mean, abs=0.006)
+    left = [float(line[7]) for line in lines]
+    assert left[3] == 0 < left[2] < left[1] < 5
     assert result.stdout.endswith(f"\nresults: {folder}\n")
 
 
