@@ -167,11 +167,19 @@ def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, reques
 def test_the_networks_of_a_stack_are_equally_sparse_and_equally_many_of_each_trial(lth):
     """A linear layer is sparse by its own count alone: below 23 %, on a CPU."""
     networks = [(arm, trial) for trial in range(3) for arm in ("rewind", "reinit", "small_dense")]
-    counts = torch.tensor([20, 20, 20, 22, 22, 20, 23, 23, 20])
+    counts = torch.tensor([20, 20, 20, 22, 22, 20, 23, 30, 20])
     masks = {"conv1.weight": torch.zeros(9, 6, 1, 5, 5),
              "output.weight": (torch.arange(100) < counts.unsqueeze(1)).float().view(9, 10, 10)}
     assert lth.equally_sparse(networks, masks, CPU) == [[0, 1, 2], [3, 4], [5, 8], [6, 7]]
     assert lth.equally_sparse(networks, masks, torch.device("cuda")) == [[*range(9)]]
+
+
+def test_a_stack_has_no_more_networks_than_asked_or_than_is_fast(lth):
+    dense = {"output.weight": torch.ones(10, 10)}
+    lth.use(TRIALS=12, ARMS=("rewind", "reinit"), start_network=lambda *_: (dense, dense))
+    for size, device, expected in ((9, CPU, [8, 8, 8]), (None, CPU, [20, 4]), (None, torch.device("cuda"), [24])):
+        lth.use(STACK_SIZE=size)
+        assert [len(networks) for networks, *_ in lth.stacks(lth.State(), 1, {}, device)] == expected
 
 
 @pytest.mark.parametrize(("model", "options"), [
