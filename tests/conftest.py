@@ -1,7 +1,8 @@
-"""What several tests need: the script as a module with constants of the test's own, and the script as a process."""
+"""What several tests need: the script as a module or as a process, and an oracle of what tables of networks say."""
 
 import contextlib
 import importlib.util
+import math
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 import lth_pruning
@@ -19,6 +21,9 @@ import lth_pruning
 SCRIPT = Path(lth_pruning.__file__)
 DEFAULTS = lth_pruning.constants()
 BAR = tqdm(disable=True)
+KEYS = ["arm", "level", "trial"]
+RESULTS = {"checkpoint.pt", "metrics.csv", "networks.csv", "mask.csv", "run.json", "summary.md", "tickets.pt"}
+COLUMNS = {" untrained": "untrained_test_accuracy", " after the last step": "final_test_accuracy", "": "test_accuracy"}
 
 # A shell's background jobs ignore Ctrl-C, and their children inherit that: the scripts that tests start shall hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,9 +43,9 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPT), f"RESULTS_DIR={folder}", "DEVICE=cpu", *arguments]
 
 
-def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run the real script in a process of its own, as a user does; its result has exit code and output."""
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=300)
+def run_script(folder: Path, *arguments: str, **given) -> subprocess.CompletedProcess:
+    """Run the real script in a process of its own, as a user does; `given` goes to subprocess.run."""
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=300, **given)
 
 
 def run_here(lth, folder: Path, *arguments: str) -> None:
@@ -146,3 +151,59 @@ def ends_at(lth, level: int, error: BaseException):
             raise error
 
     return at_each_level(lth, end)
+
+
+# The oracle: tables of networks are indexed by KEYS, and the dense networks are those of level 0.
+
+def of_arm(networks: pd.DataFrame, arm: str, level: int, column: str = "test_accuracy") -> pd.Series:
+    """Return a column of one arm at a level, by trial; every arm begins with the dense networks."""
+    if arm == "dense" or level == 0:
+        arm, level = "dense", 0
+    return networks.loc[(arm, level), column]
+
+
+def differences(networks: pd.DataFrame, x: str, y: str, level: int, column: str = "test_accuracy") -> pd.Series:
+    """Return x - y by trial, in points."""
+    return (of_arm(networks, x, level, column) - of_arm(networks, y, level, column)).round(4)
+
+
+def bounds(values: pd.Series) -> tuple[float, float]:
+    """Return scipy's 95 % confidence interval; differences that are all equal have none."""
+    if values.nunique() == 1:
+        return math.nan, math.nan
+    return stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())
+
+
+def in_words(values: pd.Series) -> str:
+    """Return the mean of differences with the half-width of its interval."""
+    low, high = bounds(values)
+    return f"{round(values.mean(), 2) + 0.0:+.2f} ± {(high - low) / 2:.2f}".removesuffix(" ± nan")
+
+
+def word(values: pd.Series) -> str:
+    """Return what the interval of differences decides."""
+    low, high = bounds(values)
+    if low > 0:
+        return "ahead"
+    if low > -0.2:
+        return "as good"
+    return "behind" if high < 0 else "inconclusive"
+
+
+def cell(networks: pd.DataFrame, head: str, level: int) -> str:
+    """Return what a column's head asks for at a level."""
+    if head.endswith(", step"):
+        steps = of_arm(networks, head.removesuffix(", step"), level, "stop_step").astype(float).fillna(math.inf)
+        return f"{steps.median():,.0f}".replace("inf", "not reached")
+    words = head.removesuffix(", %")
+    ending = next(ending for ending in COLUMNS if words.endswith(ending))
+    arms = words.removesuffix(ending).split(" - ")
+    if len(arms) == 2:
+        return in_words(differences(networks, *arms, level, COLUMNS[ending]))
+    return f"{of_arm(networks, *arms, level, COLUMNS[ending]).mean().round(6):.2f}"
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, its head first."""
+    head, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()]
+    return [head, *rows]

@@ -3,9 +3,10 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import BAR, QUICK, names, read_metrics, run_here, run_script
+from conftest import BAR, QUICK, RESULTS, names, read_metrics, run_here, run_script
 
 NUMBERS = ["weights_remaining", "step", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
 
@@ -23,13 +24,13 @@ def of(rows, arm: str, level: int):
 
 
 def test_a_run_prints_a_line_per_level_and_leaves_its_files(reduced_run):
-    """Means of the test accuracies at the lowest validation loss. No warning, and no bar without a terminal."""
+    """Means of the test accuracies at the lowest validation loss, and the time left. No warning, and no bar without a
+    terminal."""
     folder, result = reduced_run
     assert (result.returncode, result.stderr) == (0, "")
     pictures = {path.name for path in folder.glob("*.png") if path.read_bytes().startswith(b"\x89PNG\r\n")}
     assert pictures > {"comparison_plot.png", "accuracy_plot_iterative.png", "accuracy_plot_reinit.png"}
-    assert names(folder) - pictures == {"checkpoint.pt", "metrics.csv", "networks.csv", "run.json", "mask.csv",
-                                        "summary.md", "tickets.pt"}
+    assert names(folder) - pictures == RESULTS
     rows = read_metrics(folder)
     stops = rows.loc[rows[rows["step"] > 0].groupby(["arm", "level", "trial"])["val_loss"].idxmin()]
     head, *lines = [line.split() for line in result.stdout.splitlines()[1:6]]
@@ -38,6 +39,8 @@ def test_a_run_prints_a_line_per_level_and_leaves_its_files(reduced_run):
     for (level, line), (place, arm) in itertools.product(enumerate(lines), ((3, "rewind"), (5, "reinit"))):
         mean = of(stops, arm if level else "dense", level)["test_accuracy"].mean()
         assert float(line[place]) == pytest.approx(mean, abs=0.006)
+    left = [float(line[7]) for line in lines]
+    assert left[3] == 0 < left[2] < left[1] < 5
     assert result.stdout.endswith(f"\nresults: {folder}\n")
 
 
@@ -96,6 +99,16 @@ def test_what_was_recorded_can_be_had_again_from_the_tickets(reduced_run, lth, m
         rates = {"fc1.weight": 0.6, "fc2.weight": 0.6, "output.weight": 0.3}
         pruned = lth.prune(lth.pick(trained, 0), masks, rates, "layer")
         assert all(torch.equal(pruned[name], following[name]) for name in following) == (arm != "reinit")
+
+
+def test_the_mask_table_counts_the_connections_of_the_tickets(reduced_run, lth, mnist):
+    folder, _ = reduced_run
+    table = pd.read_csv(folder / "mask.csv").set_index(["level", "pixel"])
+    for level in range(4):
+        masks = [lth.load_ticket(folder / "tickets.pt", trial, level).fc1.weight_mask for trial in range(3)]
+        shares = torch.cat(masks).mean(0)
+        np.testing.assert_allclose(table.loc[level, "share_remaining"], shares, atol=6e-5)
+        np.testing.assert_allclose(table.loc[level, "mean_intensity"], mnist["train"][0].mean(0).flatten(), atol=6e-5)
 
 
 def test_a_ticket_brought_back_to_where_it_was_found_is_the_ticket(lth, undrawn, tmp_path):

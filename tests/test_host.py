@@ -84,8 +84,8 @@ before, variables = state(), dict(os.environ)
 import lth_pruning as lth
 lth.initial_weights(lth.generator("init")), lth.build_network("lenet", 0.2)
 assert state() == before
-print(json.dumps({{name: text for name, text in os.environ.items() if variables.get(name) != text}}))"""
-    environment = os.environ | {"GOMP_SPINCOUNT": "7"}
+print(json.dumps(dict(os.environ.items() ^ variables.items())))"""
+    environment = os.environ | {"GOMP_SPINCOUNT": "7", "MPLBACKEND": "agg"}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
     process = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env=environment, capture_output=True,
                              text=True, timeout=120)

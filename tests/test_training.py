@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BAR, seeded
+from conftest import BAR, QUICK, check_same_results, read_metrics, run_here, seeded
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -59,17 +59,20 @@ def plain_training(lth, network: nn.Sequential, masks: dict, data: dict, trial: 
 
 
 def starting_networks(lth, nets: int = 4, sparse: tuple[str, ...] = ()) -> tuple[dict, dict]:
-    """Return networks in double precision, of different scales, and their masks: half of the networks are dense and the
-    others pruned by half, but all keep 10 % of each sparse layer, each its own."""
+    """Return networks in double precision, of different scales, and their masks: half of the networks are dense, the
+    others pruned by half, but all keep 10 % of each sparse layer, each its own, with a row and a column of none."""
     weights = lth.stack([{name: scale * tensor.double() for name, tensor in lth.initial_weights(seeded("", n)).items()}
                          for n, scale in enumerate((1, 0.3, 2, 0.7)[:nets])])
     masks = {}
-    for name, tensor in weights.items():
-        ranks = torch.rand(nets, tensor[0].numel(), generator=seeded(name)).argsort(1)
+    for name, tensor in lth.full_masks(weights).items():
+        order = torch.rand(tensor.shape, generator=seeded(name))
+        share = 2
         if name.removesuffix(".weight") in sparse:
-            masks[name] = (ranks < tensor[0].numel() // 10).double().view(tensor.shape)
-        elif name.endswith(".weight"):
-            masks[name] = (ranks < tensor[0].numel() // 2).double().view(tensor.shape)
+            order[:, 0] = order[:, :, 0] = 1
+            share = 10
+        ranks = order.flatten(1).argsort(1).argsort(1)
+        masks[name] = (ranks < tensor[0].numel() // share).double().view(tensor.shape)
+        if share == 2:
             masks[name][:nets // 2] = 1
     return lth.masked(weights, masks), masks
 
@@ -161,6 +164,43 @@ def test_a_network_trains_the_same_whoever_its_neighbours_are(lth, mnist, reques
             assert all(map(torch.equal, found.setdefault(network, results), results)), (network, arms, trials)
 
 
+def test_the_networks_of_a_stack_are_equally_sparse_and_equally_many_of_each_trial(lth):
+    """A linear layer is sparse by its own count alone: below 23 %, on a CPU."""
+    networks = [(arm, trial) for trial in range(3) for arm in ("rewind", "reinit", "small_dense")]
+    counts = torch.tensor([20, 20, 20, 22, 22, 20, 23, 30, 20])
+    masks = {"conv1.weight": torch.zeros(9, 6, 1, 5, 5),
+             "output.weight": (torch.arange(100) < counts.unsqueeze(1)).float().view(9, 10, 10)}
+    assert lth.equally_sparse(networks, masks, CPU) == [[0, 1, 2], [3, 4], [5, 8], [6, 7]]
+    assert lth.equally_sparse(networks, masks, torch.device("cuda")) == [[*range(9)]]
+
+
+def test_a_stack_has_no_more_networks_than_asked_or_than_is_fast(lth):
+    dense = {"output.weight": torch.ones(10, 10)}
+    lth.use(TRIALS=12, ARMS=("rewind", "reinit"), start_network=lambda *_: (dense, dense))
+    for size, device, expected in ((9, CPU, [8, 8, 8]), (None, CPU, [20, 4]), (None, torch.device("cuda"), [24])):
+        lth.use(STACK_SIZE=size)
+        assert [len(networks) for networks, *_ in lth.stacks(lth.State(), 1, {}, device)] == expected
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    ("mlp", ("ARMS=rewind,small_dense,shuffle_mask,reinit", "REWIND_STEP=2", "LEVELS=3", "EVAL_EVERY=4")),
+    ("mlp", ("PRUNE_SCOPE=global",)), ("lenet", ("ARMS=rewind,reinit,small_dense",))])
+def test_a_runs_numbers_do_not_depend_on_stack_size(lth, undrawn, tmp_path, model, options):
+    """Byte for byte, with sparse levels and uneven counts. Dense throughout, the run is the same but for rounding."""
+    used = []
+    find = lth.sparse_layers
+    options = (*QUICK, f"MODEL={model}", "TRIALS=2", "BATCH_SIZE=100", *options)
+    for folder, size, below in (("one", 1, 0.23), ("default", None, 0.23), ("dense", None, 0)):
+        lth.use(SPARSE_BELOW=below, sparse_layers=lambda *given: used.append(find(*given)) or used[-1])
+        used.clear()
+        run_here(lth, tmp_path / folder, *options, f"STACK_SIZE={size}")
+        assert any(used) == (below > 0)
+    check_same_results(tmp_path / "one", tmp_path / "default")
+    rows, dense = (read_metrics(tmp_path / folder) for folder in ("default", "dense"))
+    assert rows[["arm", "trial", "level", "step"]].equals(dense[["arm", "trial", "level", "step"]])
+    assert abs(rows["val_loss"] / dense["val_loss"] - 1).max() < 1e-3
+
+
 def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
     """Of two networks, the first one is right about all images and does not move."""
     lth.use(EPOCHS=1, steps_per_epoch=lambda: 60, BATCH_SIZE=BATCH, LEARNING_RATE=1e30, WEIGHT_DECAY=0)
@@ -168,5 +208,5 @@ def test_a_training_that_diverges_says_whose_and_when(lth, mnist):
     start = {name: tensor.float() for name, tensor in starting_networks(lth, 2)[0].items()}
     start["output.bias"][0, 0] = 1e4
     networks = [("rewind", 7), ("reinit", 7)]
-    with pytest.raises(lth.UserError, match=r"of reinit, trial 7, at level 3 was not finite by step 25\."):
+    with pytest.raises(lth.UserError, match=r"of reinit, trial 7, at level 3 was not finite by step 25\. .*another"):
         lth.train(start, lth.full_masks(start), data, networks, 3, BAR)
