@@ -7,7 +7,7 @@ from conftest import run_script
 BAD = [line.split("  ", 1) for line in """\
 TRIALS=True  TRIALS must be of type int, not True.
 LEVELS=256  LEVELS must be 0 to 255, not 256.
-BATCH_SIZE=55001  BATCH_SIZE must be at most the number of training images.
+BATCH_SIZE=55001  BATCH_SIZE must be 1 to 55000, not 55001.
 DATASET=mnist  DATASET must be one of MNIST, FashionMNIST, not mnist.
 MODEL=LeNet  MODEL must be mlp or lenet, not 'LeNet'.
 ARMS=rewind,rewnd  ARMS may contain only rewind, reinit

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import QUICK, check_same_results, command, read_metrics, run_here
 
 ARGUMENTS = (*QUICK, "TRIALS=2")
@@ -34,3 +35,5 @@ def test_several_processes_share_the_trials_and_resume_each_others_run(lth, tmp_
     lth.use(FIGURES=())
     run_here(lth, tmp_path / "alone", *ARGUMENTS)
     check_same_results(tmp_path / "shared", tmp_path / "alone")
+    with pytest.raises(lth.UserError, match="the processes of this run are at different levels"):
+        lth.merge(lth.State(), [lth.State(1), lth.State(2)])
