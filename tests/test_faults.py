@@ -46,8 +46,7 @@ def test_a_run_killed_before_while_or_after_it_saves_resumes_to_the_same_results
     (torch.OutOfMemoryError("CUDA out of memory."), None, "A lower STACK_SIZE needs less and keeps the finished"),
     (OSError(28, "No space left on device"), None, "No space left on device. The finished levels are kept")])
 def test_what_ends_a_run_leaves_results_and_is_resumed(lth, undrawn, tmp_path, capsys, error, kind, sentence):
-    expected = kind or lth.UserError
-    with conftest.ends_at(lth, 1, error), pytest.raises(expected, match=sentence):
+    with conftest.ends_at(lth, 1, error), pytest.raises(kind or lth.UserError, match=sentence):
         run_here(lth, tmp_path / "ended", *QUICK)
     assert lth.constants()["LEVELS"] == 16
     assert set(read_metrics(tmp_path / "ended")["level"]) == {0}
@@ -61,8 +60,7 @@ def test_what_ends_a_run_leaves_results_and_is_resumed(lth, undrawn, tmp_path, c
 
 
 def test_a_real_lack_of_memory_is_one_sentence(tmp_path):
-    """PyTorch's CPU allocator raises a plain RuntimeError. One batch of images for all trials takes 6 GB; PyTorch's
-    libraries map 4 GB."""
+    """PyTorch's CPU allocator raises a plain RuntimeError. Its libraries map 4 GB, and a batch takes 6 GB more."""
     limits = (resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30))
     result = run_script(tmp_path, "TRIALS=100", "STACK_SIZE=100", "LEVELS=0", "BATCH_SIZE=20000", "DROPOUT=0",
                         preexec_fn=lambda: resource.setrlimit(*limits))

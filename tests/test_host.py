@@ -116,3 +116,12 @@ def test_devices_are_not_mixed(lth, monkeypatch, model, rewind_step, density):
     measured = [metric for _, *metrics in evaluations for metric in metrics]
     assert {tensor.device.type for tensor in (*rewind_weights.values(), *trained.values(), *measured)} == {"cpu"}
     assert all(trained[name].shape == weight.shape for name, weight in weights.items())
+
+
+def test_processes_take_the_gpus_of_a_machine_in_turn(lth, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    lth.use(DEVICE="cuda")
+    with FakeTensorMode():
+        assert lth.choose_device() == torch.device("cuda:1")
