@@ -26,8 +26,8 @@ from __future__ import annotations
 import os
 import sys
 
-# Before PyTorch is loaded: threads spin while they wait for each other, and with a short spin count, two concurrent
-# runs on two cores each take 1.6 times as long as one alone, instead of 4 times. Large memory pages save some 5 %.
+# To be set before PyTorch is loaded. Idle threads spin while they wait for each other: with a short spin count, two
+# concurrent runs on two cores each take 1.6 times as long as one alone, not 4 times. Large memory pages save some 5 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if __name__ == "__main__" and "IPython" not in sys.modules:
@@ -92,9 +92,9 @@ LEVELS: int = 16                      # pruning rounds; 0 trains the dense netwo
 PRUNE_RATE: float = 0.2               # share of a layer's surviving weights pruned per level; half of it in
                                       # convolutions and the output layer
 PRUNE_SCOPE: str = "layer"            # compare magnitudes within each layer; or "global", over all layers at one rate
-REWIND_STEP: int = 0                  # rewind to the weights after this many steps, and train the remaining ones
+REWIND_STEP: int = 0                  # rewind to the weights after this many steps, then take the steps that are left
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
-SEED: int = 42                        # one seed, one result
+SEED: int = 42                        # the same seed gives the same numbers
 
 # Training: the same for every network, dense or pruned. (The paper: Adam, Glorot initialisation, batches of 60 for
 # 50,000 steps, neither dropout nor gradient clipping.)
@@ -115,10 +115,10 @@ STACK_SIZE: int | None = None         # networks trained at once: changes speed 
                                       # a CPU, 200 on a GPU
 
 # The non-inferiority margin, in percentage points: up to this much below dense networks still counts as matching them.
-# It cannot be set per run: it does not affect training.
+# It is no NAME=VALUE argument: it affects the analysis alone.
 MATCHING_MARGIN = 0.2
 
-Weights = dict[str, Tensor]           # one network's: "fc1.weight" -> (out, in), as PyTorch names and shapes them
+Weights = dict[str, Tensor]           # one network's weights and biases: "fc1.weight" -> (out, in), as in PyTorch
 Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned
 Levels = dict[str, Tensor]            # the level at which each of them was pruned; 0: never pruned
 Stack = dict[str, Tensor]             # weights or masks of many networks, with a leading nets dimension: for two arms
@@ -139,7 +139,7 @@ class State:
 
     level: int = -1                                                     # the last finished level
     theta_k: dict[int, Weights] = field(default_factory=dict)           # to rewind to: the weights after REWIND_STEP
-    pruned_at: dict[int, Levels] = field(default_factory=dict)          # the masks of all levels
+    pruned_at: dict[int, Levels] = field(default_factory=dict)          # when each weight was pruned, for all masks
     dense: dict[int, Weights] = field(default_factory=dict)             # the dense networks as trained
     trained: dict[int, Weights] = field(default_factory=dict)           # networks of the last level, to be pruned next
     records: list[dict] = field(default_factory=list)                   # rows of metrics.csv: one for each evaluation
@@ -157,19 +157,20 @@ def run_experiment(state: State, data: Dataset, source_tickets: dict[int, tuple[
         if level > 0:
             prune_tickets(state, level)
 
+        # Each network of a stack starts from its arm's weights: rewound, or drawn anew. See `start_network`.
         found = State(level)
         with progress_bar(level) as bar:
             for networks, weights, masks in stacks(state, level, source_tickets, data["train"][0].device):
                 rewind_weights, trained, evaluations = train(weights, masks, data, networks, level, bar)
                 record(found, networks, masks, rewind_weights, trained, evaluations)
 
-        merge(state, gather(found))
+        merge(state, gather(found))                         # with torchrun, each process has trained some of the trials
         save(state)
         report_level(state, time.monotonic() - started)
 
 
 def prune_tickets(state: State, level: int) -> None:
-    """Mark in the state what this level prunes, by the magnitudes that the previous level trained."""
+    """Prune the rewind networks that the previous level trained: mark in the state what this level prunes."""
     rates = prune_rates(build_network(MODEL, DROPOUT))
     for trial, pruned_at in state.pruned_at.items():
         before = masks_at(pruned_at, level - 1)
@@ -275,7 +276,7 @@ def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
-# sha256 of the contents, all bytes: training images, their labels, test images, their labels
+# sha256 of all bytes, one after the other: training images, their labels, test images, their labels
 CONTENTS = {"MNIST": "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
             "FashionMNIST": "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"}
 
@@ -379,7 +380,7 @@ def count_weights(network: nn.Sequential) -> int:
 def initial_weights(rng: torch.Generator, shapes: dict[str, tuple[int, ...]] | None = None) -> Weights:
     """Draw one network's weights by INIT; biases are zero.
 
-    With `shapes`, those of a narrower network: draw its weights, the first ones of each layer, and leave the rest zero.
+    With `shapes` of a narrower network, draw its weights in the top left corner of each layer's; the rest is zero.
     """
     draw = {"kaiming_normal": nn.init.kaiming_normal_, "xavier_normal": nn.init.xavier_normal_}[INIT]
     weights = {}
@@ -447,7 +448,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, survivors: Survivors | None)
         x = x.mT.repeat_interleave(len(weight) // len(x), 0).mT
     if len(weight) > 1:
         return torch.baddbmm(bias, weight, x)
-    # A batch of one rounds differently; duplicate it for bitwise reproducibility.
+    # A batch of one rounds differently: duplicate a lone network, so that it gets the same bits as in a larger stack.
     both = torch.baddbmm(bias.expand(2, -1, -1), weight.expand(2, -1, -1), x.expand(2, -1, -1))
     return both[:1]
 
@@ -458,7 +459,7 @@ def convolve(layers: list[tuple[str, nn.Module]], weights: Stack, x: Tensor) -> 
     All networks see the same images, so their kernels (nets, out, in, height, width) go into one convolution, grouped
     by network from the second layer on. In channels-last memory this takes half the time of one network after another.
     """
-    # One channel is contiguous in both layouts; oneDNN takes the fast path only if the strides say channels last.
+    # The same data with strides that say channels last: with one channel, PyTorch cannot tell, and oneDNN is slow.
     x = x.contiguous().as_strided(x.shape, (784, 1, 28, 1))
     nets = len(weights["output.bias"])
     groups = 1                                              # so far, all networks have the same activations
@@ -535,7 +536,7 @@ class SparseProduct(torch.autograd.Function):
         """Return the gradients of the survivors and, behind the first layer, of the inputs."""
         values, x = ctx.saved_tensors
         gradient = gradient.contiguous().flatten(0, 1)                                  # (nets * out, batch)
-        at_survivors = ctx.matrix
+        at_survivors = ctx.matrix                           # keep its places; the gradient overwrites its values
         torch.sparse.sampled_addmm(at_survivors, gradient, x.flatten(0, 1).T, beta=0, out=at_survivors)
         of_inputs = None
         if ctx.needs_input_grad[1]:
@@ -556,17 +557,19 @@ def find_survivors(mask: Tensor, sets: set[int]) -> Survivors:
     by_column = own_column.argsort(stable=True)
     row_starts = F.pad(mask.sum(2).flatten().cumsum(0), (1, 0)).long()
     column_starts = F.pad(mask.sum(1).flatten().cumsum(0), (1, 0)).long()
+    # Networks that share a set of inputs share its columns.
     columns = {number: net // (nets // number) * inputs + column for number in sets}
-    with warnings.catch_warnings():                         # PyTorch warns once that CSR tensors are in beta state
+    # PyTorch warns, once, that CSR tensors are in beta state: make a first one here, where nobody sees it.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(row_starts, own_column, torch.zeros(len(net)), (nets * outputs, nets * inputs))
     return Survivors(mask.bool(), row_starts, columns, by_column, column_starts, row[by_column])
 
 
 def sparse_counts(masks: Stack, device: torch.device) -> dict[str, Tensor]:
-    """Return, for each linear layer, how many survivors each network stores, (nets,); 0 if that layer of it is dense.
+    """Return, for each linear layer, how many survivors each network stores, (nets,); 0 where the layer stays dense.
 
-    It depends on the layer's own count alone, so that a network's numbers do not depend on its neighbours.
+    Only the network's own count decides, so that its numbers do not depend on its neighbours.
     """
     counts = {}
     for name, mask in masks.items():
@@ -583,7 +586,7 @@ def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) 
     """
     counts = sparse_counts(masks, device)
     keys = [(trial, *[int(count[n]) for count in counts.values()]) for n, (_, trial) in enumerate(networks)]
-    groups = {}
+    groups = {}                                             # by counts, and by how many arms of the trial have them
     for n, (trial, *stored) in enumerate(keys):
         arms = keys.count((trial, *stored))
         groups.setdefault((arms, *stored), []).append(n)
@@ -644,7 +647,7 @@ def prune_rates(network: nn.Sequential) -> dict[str, float]:
 
 
 def prune(weights: Weights, masks: Masks, rates: dict[str, float], scope: str) -> Masks:
-    """Remove the smallest-magnitude survivors of one network, `rates` of them, layer by layer or globally.
+    """Remove the smallest-magnitude survivors of one network, a share `rates` of each layer, or globally.
 
     Step 3 of the paper's iterative pruning (its appendix B). Counts are exact: round(rate * survivors). Raises
     UserError if a global scope would leave a layer without any weight.
@@ -729,7 +732,7 @@ def shuffle_mask(given: Given) -> tuple[Weights, Masks]:
 
 
 def oneshot(given: Given) -> tuple[Weights, Masks]:
-    """Keep the original weights where the trained dense network has its largest, as many per layer as the ticket."""
+    """Keep the original weights where the trained dense network has its largest; as many per layer as the ticket."""
     masks = largest(given.dense, given.masks)
     return masked(given.theta0, masks), masks
 
@@ -1044,7 +1047,7 @@ def parameter_views(rows: Tensor, shapes: Stack) -> Stack:
 
 
 def choose_device() -> torch.device:
-    """Return DEVICE; the processes of a machine take its GPUs in turn. Raises UserError if it cannot be used."""
+    """Return DEVICE; process n of a machine takes GPU n, modulo their number. Raises UserError if it cannot be used."""
     name = DEVICE
     if DEVICE == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1079,8 +1082,9 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 
 
 # ======================================================================================================================
-# End of the code that determines the numbers. Below: reporting only. The sha256 sum of the code from the experiment to
-# this line, without comments and docstrings, identifies the version: figures and texts can change without changing it.
+# End of the code that determines the numbers. Below: reports, files and arguments. The sha256 sum of the code from the
+# experiment to this line, without comments and docstrings, identifies the version: figures and texts can change without
+# changing it.
 # ======================================================================================================================
 
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
@@ -1724,7 +1728,7 @@ def verdict(run: Run) -> list[str]:
         found = [against_dense(run, arm) for arm in run.main]
         sentences += [f"{text[0].upper()}{text[1:]}." for text in found]
         behind = behind_from(run, "rewind")
-        if behind and behind not in found[0]:
+        if behind and "fall behind" not in found[0]:
             sentences.append(f"Tickets fall behind dense networks at {behind} and sparser.")
     leads = []
     for arm in ("dense", *run.main[1:]):
@@ -2057,7 +2061,7 @@ def save_state(state: State, folder: Path, identity: dict) -> None:
 
 
 def write_results(state: State, data: Dataset, info: dict, folder: Path) -> Run:
-    """Write records and tickets, which took the work, then draw everything from them."""
+    """Write records and tickets first, since they are the work, then draw everything from them."""
     write_atomically(folder / "metrics.csv", pd.DataFrame(state.records))
     tickets = {"constants": info["constants"] | {"LEVELS": state.level},
                "theta0": stack([state.theta_k[trial] for trial in range(TRIALS)]),
@@ -2148,7 +2152,7 @@ def init_distributed() -> None:
     if rank_and_world_size()[1] == 1 or torch.distributed.is_initialized():
         return
     store, rank, processes = next(torch.distributed.rendezvous("env://"))
-    # After a restart by torchrun under another prefix: what a killed process left in the store would lead nowhere.
+    # After a restart by torchrun, use a new prefix: what a killed process left in the store would make all others wait.
     store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     forever = datetime.timedelta(days=30)                   # the slowest process is waited for
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
@@ -2347,7 +2351,7 @@ def run_or_resume(device: torch.device) -> None:
     if rank == 0:
         data = load_dataset(device)
         state = load_state(folder, identity)
-    state = gather(state)[0]                                # the first process's; meanwhile it has unpacked the data
+    state = gather(state)[0]                                # the first process's: by now it has unpacked the data, too
     if rank > 0:
         data = load_dataset(device)
 
@@ -2356,7 +2360,7 @@ def run_or_resume(device: torch.device) -> None:
             columns = "".join([f"{arm:>{max(11, len(arm) + 2)}}" for arm in ARMS])
             say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
             run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, identity))
-    finally:                                                # whatever ends it, the finished levels have results
+    finally:                                                # whatever ends it, what the checkpoint has gets results
         saved, state = read_checkpoint(folder)
         if rank == 0 and saved == identity:
             run = write_results(state, data, info, folder)
