@@ -1366,7 +1366,7 @@ def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1
     title = title[0].upper() + title[1:].replace(" %", "\u00a0%")
     broken = [textwrap.fill(title, width, break_on_hyphens=False) for width in range(40, 89)]
     title = min(broken, key=lambda text: text.count("\n"))                  # in few lines, none of which is short
-    grey = f"{describe_run(run)}\n{shown.capitalize()}"
+    grey = f"{describe_run(run)}\n{shown[0].upper()}{shown[1:]}"
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
     figure.text(0.012, 0.962 - 0.042 * (1 + title.count("\n")), grey, size=11, color="0.4", va="top", linespacing=1.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
@@ -1384,6 +1384,8 @@ def scale_density(axes: Axes, run: Run) -> None:
 
 def name_lines(axes: Axes, run: Run, ends: dict[str, float]) -> None:
     """Write the names of arms, or other words, on the right of axes at the ends of their lines; push them apart."""
+    if not ends:
+        return
     names = sorted(ends, key=ends.get)
     words = {}
     for name in names:
@@ -1538,10 +1540,12 @@ def learning_curves(run: Run) -> Figure:
     levels = levels_near(run, 51.3, 21.1, 7.0, 3.6)
     records = run.records[run.records["train_loss"].notna()]
     records = records.assign(error=100 - records["test_accuracy"])
+    shown = run.arms
     note = run.ranges
     if len(run.arms) > 4:                                   # too many for small panels
-        records = records[records["arm"].isin(["dense", *MAIN_ARMS])]
+        shown = run.main
         note += "; other controls are not shown"
+    records = records[records["arm"].isin(["dense", *shown])]
     averages = records[records["level"].isin([0, run.fifth])].pivot_table("error", "step", "arm").dropna()
     step = min(averages.index, key=lambda step: abs(step - 100))
     title = f"Test error after {step} steps: {contrast(run, averages.loc[step], '{:.1f} %')}"
@@ -1646,8 +1650,7 @@ def early_stopping_plot(run: Run) -> Figure | None:
                        ha="center", va="center")
     ends = table["median"].groupby("arm").tail(1).droplevel("level")[["dense", *run.arms]]
     name_lines(lower, run, ends.dropna().to_dict())
-    if late:
-        name_lines(strip, run, {arm: -row for row, arm in enumerate(late)})
+    name_lines(strip, run, {arm: -row for row, arm in enumerate(late)})
     scale_density(lower, run)
     return figure
 
@@ -1746,6 +1749,9 @@ def verdict(run: Run) -> list[str]:
         if beaten and others:
             sentence += f", but not {listing(others, 'or')}"
         sentences.append(f"{sentence}.")
+    too_large = sorted(set(run.networks["arm"]) - {"dense", *run.arms})
+    if too_large:
+        sentences.append(f"Not compared, with more weights at every level: {listing(too_large, 'and')}.")
     untrained = contrast(run, means(run, "untrained_test_accuracy").loc[run.fifth], "{:.2f} %")
     return [*sentences, f"Test accuracy before training: {untrained}."]
 
@@ -1931,7 +1937,7 @@ def load_verified(path: Path) -> dict:
     except Exception as error:                              # a damaged zip archive can fail in many ways
         if out_of_memory(error):
             raise
-        raise zipfile.BadZipFile from None
+        raise zipfile.BadZipFile("it is damaged, or another kind of file") from None
     content.seek(0)
     return torch.load(content, map_location="cpu", weights_only=True)
 
@@ -1962,9 +1968,11 @@ def read_run(folder: Path) -> Run:
         mask = None
         if (folder / "mask.csv").exists():
             mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
+            if not set(records["level"]) <= set(mask["level"]):
+                raise ValueError("mask.csv lacks some of its levels")
         unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
         if unknown:
-            raise ValueError(f"arms that ARM_TABLE does not know: {', '.join(sorted(unknown))}")
+            raise ValueError(f"arms that ARM_TABLE does not know: {', '.join(sorted(map(str, unknown)))}")
         run = Run(info, records, measure(records), mask)
         describe_run(run)                                   # needs some constants
     return run
@@ -2013,7 +2021,7 @@ def identify(info: dict, device: torch.device) -> dict:
         start = ARM_TABLE[arm].start
         if f"def {start.__name__}(given: Given)" not in CODE:
             with contextlib.suppress(OSError):              # typed in an interpreter, it has no source
-                identity[f"arm {arm}"] = inspect.getsource(start)
+                identity[f"arm {arm}"] = hashlib.sha256(inspect.getsource(start).encode()).hexdigest()
     if any(isinstance(layer, nn.Conv2d) for layer in build_network(MODEL, DROPOUT)):
         identity["number of threads"] = info["threads"]     # on which the last bits of convolutions depend
     return identity
@@ -2132,8 +2140,8 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
         require(saved[name] == constants()[name], f"the tickets in {path} were found with {name}={saved[name]}: set "
                 "the same here, so that tickets with equally many weights are compared")
-    require(saved["TRIALS"] >= TRIALS and saved["LEVELS"] >= LEVELS, f"{path} holds {saved['TRIALS']} trials and "
-            f"{saved['LEVELS']} levels: set TRIALS and LEVELS to no more")
+    require(saved["TRIALS"] >= TRIALS and saved["LEVELS"] >= LEVELS, f"{path} holds {count(saved['TRIALS'], 'trial')} "
+            f"and {count(saved['LEVELS'], 'level')}: set TRIALS and LEVELS to no more")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
     return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
@@ -2222,7 +2230,8 @@ def constants() -> dict:
     values = {name: globals()[name] for name in TYPES}
     for name, value in values.items():
         if TYPES[name] in (float, float | None) and type(value) is int:
-            values[name] = float(value)
+            with contextlib.suppress(OverflowError):        # out of range, as `check_constants` will say
+                values[name] = float(value)
     return values
 
 
@@ -2259,7 +2268,7 @@ def check_constants() -> None:
         value = globals()[name]
         require(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
     limits = {"LEVELS": (0, 255), "TRIALS": (1, 1_000),     # tickets.pt has 8 bits for levels
-              "EPOCHS": (1, 1_000_000), "EVAL_EVERY": (1, 1_000_000), "STACK_SIZE": (1, 1_000_000),
+              "EPOCHS": (1, 10**9), "EVAL_EVERY": (1, 10**9), "STACK_SIZE": (1, 10**9),
               "VALIDATION_SIZE": (1, 59_999), "BATCH_SIZE": (1, 60_000 - VALIDATION_SIZE),
               "DROPOUT": (0, 0.99), "SEED": (0, 2**63 - 1)}
     for name, (low, high) in limits.items():
@@ -2322,15 +2331,21 @@ def check_arms() -> None:
     for arm in ARMS:
         own, own_masks = masked(theta0, {}), masked(masks, {})
         given = Given(own, own_masks, own, own, (own, own_masks), generator(f"arm {arm}", 0, 1))
-        with explain_errors(f"the arm {arm} in ARM_TABLE cannot be used: it must return finite weights, zero where "
-                            "they are pruned, see `masked`, and masks of 0 and 1, with the names, shapes and types of "
-                            "those given, which it must not change"):
+        with explain_errors(f"the arm {arm} in ARM_TABLE cannot be used"):
             weights, kept = ARM_TABLE[arm].start(given)
             wrong = ({name: tensor - tensor for name, tensor in weights.items()},           # nan unless it is finite
                      {name: mask * (1 - mask) for name, mask in kept.items()})
-            torch.testing.assert_close(wrong, zeros, rtol=0, atol=0)        # compares names, shapes and types, too
-            torch.testing.assert_close(masked(weights, kept), weights, rtol=0, atol=0)
-            torch.testing.assert_close((own, own_masks), (theta0, masks), rtol=0, atol=0)
+            torch.testing.assert_close(wrong, zeros, rtol=0, atol=0, msg="weights must be finite, masks 0 or 1, and "
+                                       "their names, shapes and types those of what it is given")
+            torch.testing.assert_close(masked(weights, kept), weights, rtol=0, atol=0,
+                                       msg="pruned weights must be zero; see `masked`")
+            torch.testing.assert_close((own, own_masks), (theta0, masks), rtol=0, atol=0,
+                                       msg="it changes what it is given")
+            if not all(mask.any() for mask in kept.values()):
+                raise ValueError("a layer keeps no weight")
+            if ARM_TABLE[arm].claim not in ("rewind beats arm", "rewind matches arm", "arm matches rewind"):
+                raise ValueError(f"its claim {ARM_TABLE[arm].claim!r} is unknown")
+            Figure().subplots().plot(0, 0, color=ARM_TABLE[arm].colour, marker=ARM_TABLE[arm].marker)
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -2392,6 +2407,8 @@ def main(arguments: list[str]) -> None:
         globals().update(constants())
         check_constants()
         device = choose_device()
+        with explain_errors('this process has set torch.backends...fp32_precision: set it back to "none" first'):
+            torch.get_float32_matmul_precision()
         with fixed_numerics(device):
             run_or_resume(device)
     except OSError as error:

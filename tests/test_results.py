@@ -130,7 +130,7 @@ def test_controls_are_asked_their_own_question():
         assert fifth == f"{in_words(differences(indexed(networks), *pair.split(' - '), 7))}: {expected[pair]}"
         assert (sparser == "has more weights") == ("small_dense" in pair)
     networks.loc[networks["arm"] == "small_dense", "weights_remaining"] *= 2             # at no level small enough
-    assert "small_dense" not in lth.summary(lth.Run(run.info, run.records, networks)).split("## Constants")[0]
+    assert "at every level: small_dense." in lth.summary(lth.Run(run.info, run.records, networks))
 
 
 @pytest.mark.parametrize("name", GALLERY)
