@@ -11,8 +11,8 @@ very same connections ("reinit").
 Writes figures, metrics.csv, networks.csv, summary.md and tickets.pt to results/. Rerun the same command to resume; a
 finished run is only redrawn.
 
-Measured with the defaults, 5 trials, test accuracy at the evaluation with the lowest validation loss ("early stop"; the
-training itself goes on): dense networks 97.35 %; with 21.1 % of the weights, rewind 98.05 %, reinit 96.80 %. Rewound
+Measured with the defaults, 5 trials, test accuracy at the evaluation with the lowest validation loss ("early stop"; no
+training is cut short): dense networks 97.35 %; with 21.1 % of the weights, rewind 98.05 %, reinit 96.80 %. Rewound
 networks ("tickets") match the dense ones with as little as 2.9 % of the weights.
 """
 
@@ -682,7 +682,7 @@ def remove_smallest(weights: Tensor, mask: Tensor, count: int) -> Tensor:
 
 class Given(NamedTuple):
     """What an arm may start from, for one network at one level."""
-    theta0: Weights                       # the original initial weights; for a late arm those of REWIND_STEP
+    theta0: Weights                       # the original initial weights; for a late arm, the weights after REWIND_STEP
     masks: Masks                          # the ticket's, found from the rewind network of the same trial
     dense: Weights                        # the dense network as trained
     trained: Weights                      # the rewind network as the previous level trained it
@@ -1302,7 +1302,7 @@ def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
     who = plural(run, arm)
     table = compare(run, arm, "dense", column)
     matches = table.index[table["matches"] == "supported"]
-    behind = behind_from(run, arm, column)
+    behind = behind_from(run, table)
     if behind and (arm != "rewind" or matches.empty):
         return f"{who} fall behind dense networks at {behind} of the weights and sparser"
     if matches.empty:
@@ -1321,9 +1321,11 @@ def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
     return f"{who} beat dense networks with {beaten[-1]} of the weights and match them {where}"
 
 
-def behind_from(run: Run, arm: str, column: str = "test_accuracy") -> str:
-    """Return the density at which, and at all sparser ones, an arm is behind dense networks; empty if there is none."""
-    table = compare(run, arm, "dense", column)
+def behind_from(run: Run, table: pd.DataFrame) -> str:
+    """Return the density at which, and at all sparser ones, an arm is behind dense networks; empty if there is none.
+
+    Takes what `compare` says of the arm and the dense networks.
+    """
     last_kept_up = max(table.index[table["word"] != "behind"], default=0)
     return run.percent.get(last_kept_up + 1, "")
 
@@ -1731,7 +1733,7 @@ def verdict(run: Run) -> list[str]:
     if run.trials >= 3:
         found = [against_dense(run, arm) for arm in run.main]
         sentences += [f"{text[0].upper()}{text[1:]}." for text in found]
-        behind = behind_from(run, "rewind")
+        behind = behind_from(run, compare(run, "rewind", "dense"))
         if behind and "fall behind" not in found[0]:
             sentences.append(f"Tickets fall behind dense networks at {behind} and sparser.")
     leads = []
@@ -2056,7 +2058,7 @@ def load_state(folder: Path, identity: dict) -> State:
 
 
 def save_state(state: State, folder: Path, identity: dict) -> None:
-    """Write the checkpoint; first move whatever else of a run lies in the folder to previous/<time>/."""
+    """Write the checkpoint; first move whatever else of a run is in the folder to previous/<time>/."""
     if rank_and_world_size()[0] > 0:
         return
     files = [folder / name for name in RESULT_FILES if (folder / name).exists()]
@@ -2213,7 +2215,8 @@ def report_level(state: State, seconds: float) -> None:
     """Print a line about the last finished level, and the time left: later levels take no longer per network."""
     if rank_and_world_size()[0] > 0:
         return                                              # it may have no trial at all
-    networks = measure(pd.DataFrame(state.records)).query("level == @state.level")
+    records = [row for row in state.records if row["level"] in (0, state.level)]
+    networks = measure(pd.DataFrame(records)).query("level == @state.level")
     means = networks.groupby("arm")["test_accuracy"].mean().round(6)
     cells = [f"{means.get(arm, means.iloc[0]):>{max(9, len(arm))}.2f} %" for arm in ARMS]
     percent = networks["weights_remaining"].iloc[0]
@@ -2328,16 +2331,17 @@ def check_arms() -> None:
     theta0 = initial_weights(generator("init"))
     masks = full_masks(theta0)
     masks = prune(theta0, masks, dict.fromkeys(masks, 0.5), "layer")
-    zeros = tuple({name: 0 * tensor for name, tensor in tensors.items()} for tensors in (theta0, masks))
+    zeros = ({name: 0 * tensor for name, tensor in theta0.items()}, {name: 0 * mask for name, mask in masks.items()})
     for arm in ARMS:
-        own, own_masks = masked(theta0, {}), masked(masks, {})
+        own = masked(theta0, {})                            # copies
+        own_masks = masked(masks, {})
         given = Given(own, own_masks, own, own, (own, own_masks), generator(f"arm {arm}", 0, 1))
         with explain_errors(f"the arm {arm} in ARM_TABLE cannot be used"):
             weights, kept = ARM_TABLE[arm].start(given)
-            wrong = ({name: tensor - tensor for name, tensor in weights.items()},           # nan unless it is finite
-                     {name: mask * (1 - mask) for name, mask in kept.items()})
-            torch.testing.assert_close(wrong, zeros, rtol=0, atol=0, msg="weights must be finite, masks 0 or 1, and "
-                                       "their names, shapes and types those of what it is given")
+            not_finite = {name: tensor - tensor for name, tensor in weights.items()}        # zero if it is finite
+            not_binary = {name: mask * (1 - mask) for name, mask in kept.items()}           # zero for 0 and 1
+            torch.testing.assert_close((not_finite, not_binary), zeros, rtol=0, atol=0, msg="weights must be finite, "
+                                       "masks 0 or 1, and both have the names, shapes and types that it is given")
             torch.testing.assert_close(masked(weights, kept), weights, rtol=0, atol=0,
                                        msg="pruned weights must be zero; see `masked`")
             torch.testing.assert_close((own, own_masks), (theta0, masks), rtol=0, atol=0,
