@@ -1,9 +1,9 @@
 """The Lottery Ticket Hypothesis on MNIST (Frankle & Carbin 2019, arXiv:1803.03635).
 
-When a trained network is pruned, was it the surviving connections, or their original initial weights, that made
-training work? Iterative magnitude pruning: train dense networks, remove the smallest-magnitude weights round after
-round, and train the survivors again, from their original initial weights ("rewind") or from fresh random ones on the
-very same connections ("reinit").
+When a pruned network trains well, is it because of the surviving connections, or because of their initial weights?
+Iterative magnitude pruning: train dense networks, remove the smallest-magnitude weights round after round, and train
+the survivors again, from their original initial weights ("rewind") or from fresh random ones on the very same
+connections ("reinit").
 
     python lth_pruning.py                                      the defaults: six minutes on two CPU cores
     python lth_pruning.py TRIALS=2 LEVELS=4 PRUNE_RATE=0.5     any constant below can be set for one run
@@ -27,8 +27,8 @@ from __future__ import annotations
 import os
 import sys
 
-# To be set before PyTorch is loaded. Idle threads spin while they wait for each other: with a short spin count, two
-# concurrent runs on two cores each take 1.6 times as long as one alone, not 4 times. Large memory pages save some 5 %.
+# Set before PyTorch is loaded. Idle threads spin while they wait for each other: with a short spin count, two
+# concurrent runs on two cores each take 1.6 times as long as one alone, not 4 times. Huge pages save about 5 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if __name__ == "__main__" and "IPython" not in sys.modules:
@@ -79,7 +79,7 @@ from tqdm import tqdm
 # ---- Constants: edit them here, or set them for one run as NAME=VALUE arguments --------------------------------------
 
 # What is trained, and on what
-DATASET: str = "MNIST"                # or "FashionMNIST": 28x28 grey images of 10 classes
+DATASET: str = "MNIST"                # or "FashionMNIST": 28x28 greyscale images, 10 classes
 PIXELS: str = "standardised"          # mean 0, standard deviation 1; or "unit_interval", 0 to 1; or "unit_length", each
                                       # image divided by its L2 norm, as in the paper's code
 MODEL: str = "mlp"                    # 784-300-100-10 (LeNet-300-100); or "lenet" (LeNet-5)
@@ -116,7 +116,7 @@ STACK_SIZE: int | None = None         # networks trained at once: changes speed 
                                       # a CPU, 200 on a GPU
 
 # The non-inferiority margin, in percentage points: up to this much below dense networks still counts as matching them.
-# It is no NAME=VALUE argument: it affects the analysis alone.
+# It is not a NAME=VALUE argument: it affects the analysis alone.
 MATCHING_MARGIN = 0.2
 
 Weights = dict[str, Tensor]           # one network's weights and biases: "fc1.weight" -> (out, in), as in PyTorch
@@ -277,7 +277,7 @@ def generator(purpose: str, trial: int = 0, level: int = 0, device: str | torch.
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
-# sha256 of all bytes, one after the other: training images, their labels, test images, their labels
+# sha256 of all bytes, in this order: training images, their labels, test images, their labels
 CONTENTS = {"MNIST": "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
             "FashionMNIST": "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"}
 
@@ -307,7 +307,7 @@ def load_dataset(device: torch.device) -> Dataset:
 
 
 def read_images() -> list[tuple[Tensor, Tensor]]:
-    """Return images (n, 28, 28), bytes, and labels (n,): 60,000 for training and 10,000 for testing.
+    """Return byte images (n, 28, 28) and labels (n,): 60,000 for training and 10,000 for testing.
 
     Raises UserError if torchvision can neither find, unpack nor download them, or if they are not DATASET's:
     torchvision does not verify unpacked files.
@@ -506,7 +506,7 @@ SPARSE_BELOW = 0.23                   # share of a layer's weights above which d
 
 
 class Survivors(NamedTuple):
-    """The places of the surviving weights of a linear layer, in all networks of a stack, ordered by row and column."""
+    """Positions of the surviving weights of a linear layer, in all networks of a stack, ordered by row and column."""
     mask: Tensor                          # (nets, out, in)
     row_starts: Tensor                    # (nets * out + 1,): how many survivors come before each row
     columns: dict[int, Tensor]            # by number of input sets: each survivor's column, (survivors of all nets,)
@@ -534,10 +534,10 @@ class SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """Return the gradients of the survivors and, behind the first layer, of the inputs."""
+        """Return the gradients of the survivors and, after the first layer, of the inputs."""
         values, x = ctx.saved_tensors
         gradient = gradient.contiguous().flatten(0, 1)                                  # (nets * out, batch)
-        at_survivors = ctx.matrix                           # keep its places; the gradient overwrites its values
+        at_survivors = ctx.matrix                           # keep its positions; the gradient overwrites its values
         torch.sparse.sampled_addmm(at_survivors, gradient, x.flatten(0, 1).T, beta=0, out=at_survivors)
         of_inputs = None
         if ctx.needs_input_grad[1]:
@@ -581,9 +581,9 @@ def sparse_counts(masks: Stack, device: torch.device) -> dict[str, Tensor]:
 
 
 def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) -> list[list[int]]:
-    """Group the networks of a stack, by index, into those that store equally many survivors in every layer.
+    """Group the networks of a stack, by index, into those that store as many survivors as each other in every layer.
 
-    In each group all trials have equally many networks, as `train` requires.
+    In each group all trials have the same number of networks, as `train` requires.
     """
     counts = sparse_counts(masks, device)
     keys = [(trial, *[int(count[n]) for count in counts.values()]) for n, (_, trial) in enumerate(networks)]
@@ -595,7 +595,7 @@ def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) 
 
 
 def sparse_layers(masks: Stack, sets: set[int], device: torch.device) -> dict[str, Survivors]:
-    """Find the survivors of the layers in which all networks store equally many."""
+    """Find the survivors of the layers in which all networks store the same number of them."""
     return {name: find_survivors(masks[name], sets) for name, count in sparse_counts(masks, device).items()
             if count.min() == count.max() > 0}
 
@@ -932,7 +932,7 @@ def steps_per_epoch() -> int:
 
 
 def batches(images: int, trials: list[int], level: int, device: torch.device) -> Iterator[Tensor]:
-    """Infinite iterator of index batches (trials, batch), reshuffled per trial, level and epoch."""
+    """Yield index batches (trials, batch) without end, reshuffled per trial, level and epoch."""
     rngs = [generator("order", trial, level) for trial in trials]
     while True:
         order = torch.stack([torch.randperm(images, generator=rng) for rng in rngs]).to(device)
@@ -946,7 +946,7 @@ def dropout_masks(network: nn.Sequential, trials: list[int], level: int,
 
     Masks are 0 or 1 / (1 - DROPOUT), which keeps the mean. Each trial and level draws its own, so that trials are
     independent; the arms of a trial share them. Each unit compares a 16-bit integer with a threshold: drawn 64 random
-    bits at a time, this costs a fraction of `bernoulli_`.
+    bits at a time, these cost a fraction of `bernoulli_`.
     """
     sizes = [units * BATCH_SIZE for units in dropped_units(network)]
     while DROPOUT == 0 or not sizes:
@@ -1017,7 +1017,7 @@ def stack(tensors: list[Weights]) -> Stack:
 
 
 def pick(tensors: Stack, n: int | slice | list[int]) -> Weights | Stack:
-    """Return the tensors of a stack's n-th network, or of several ones."""
+    """Return the tensors of a stack's n-th network, or of several."""
     return {name: tensor[n] for name, tensor in tensors.items()}
 
 
@@ -1090,7 +1090,7 @@ def fixed_numerics(device: torch.device) -> Iterator[None]:
 
 # ---- Measures and comparisons ----------------------------------------------------------------------------------------
 
-MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles speak of these; figures draw them bold, with their spread
+MAIN_ARMS = ("rewind", "reinit", "transfer")        # titles mention these; figures draw them bold, with their spread
 MORE_WEIGHTS = "has more weights"                   # of an arm that is not compared at a level
 NETWORK = ["dataset", "model", "arm", "trial", "level", "weights_remaining"]        # columns that identify a network
 
@@ -1110,7 +1110,7 @@ class Run:
         tickets = self.networks[self.networks["arm"].isin(["dense", "rewind"])]
         self.densities = tickets.groupby("level")["weights_remaining"].first()              # percent, by level
         self.percent = self.densities.map("{:.1f} %".format)
-        self.fifth, = levels_near(self, 21.1)               # the level that titles speak of
+        self.fifth, = levels_near(self, 21.1)               # the level that titles mention
 
         # A small dense network cannot be as small as the sparsest tickets. With more weights it is not compared.
         excess = self.networks["weights_remaining"] / self.networks["level"].map(self.densities)
@@ -1289,7 +1289,7 @@ def describe_run(run: Run) -> str:
 
 
 def contrast(run: Run, values: pd.Series, form: str) -> str:
-    """Set a number of the dense networks against those of the main arms with a fifth of the weights."""
+    """Contrast the dense networks' value with those of the main arms at a fifth of the weights."""
     dense, *others = [f"{plural(run, arm)} {form.format(values[arm])}".replace("nan", "not reached")
                       for arm in ("dense", *MAIN_ARMS) if arm in values]
     if not others:
@@ -1306,11 +1306,11 @@ def against_dense(run: Run, arm: str, column: str = "test_accuracy") -> str:
     if behind and (arm != "rewind" or matches.empty):
         return f"{who} fall behind dense networks at {behind} of the weights and sparser"
     if matches.empty:
-        return f"it is inconclusive whether {who} match dense networks"
+        return f"it is unclear whether {who} match dense networks"
 
     sparsest = run.percent[matches.max()]
     where = f"with as little as {sparsest}"
-    if len(matches) < matches.max():                        # not at all denser levels, too
+    if len(matches) < matches.max():                        # some denser level does not match
         where = f"at {len(matches)} of {len(table)} levels, the sparsest with {sparsest}"
     fixed = levels_near(run, 13.5, 21.1)                    # so that no lucky level is picked
     beaten = [run.percent[level] for level in fixed if table.loc[level, "beats"] == "supported"]
@@ -1342,7 +1342,7 @@ def controls_beaten(run: Run, column: str = "test_accuracy") -> tuple[list[str],
 
 SIZE = (12, 6.75)                         # inches, 16:9
 BOX = {"left": 0.085, "right": 0.705, "bottom": 0.1, "top": 0.765}      # of the axes; names of lines on their right
-GREY = "0.35"                             # of what belongs to no arm
+GREY = "0.35"                             # for anything that belongs to no arm
 DENSE = Arm(rewind, "dense network", GREY, "o")             # how figures draw what is not in ARM_TABLE
 STYLE = {
     "font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -1465,10 +1465,10 @@ def comparison_plot(run: Run, shown: list[str] | None = None, column: str = "tes
 
 
 def accuracy_title(run: Run, shown: list[str], column: str) -> str:
-    """Say what came out of the arms shown."""
+    """Summarise the arms shown in one line."""
     if run.trials < 3:
         values = means(run, column).loc[run.fifth, ["dense", *shown]]
-        return f"Test accuracy of {contrast(run, values, '{:.2f} %')} (too few trials to decide)"
+        return f"Test accuracy of {contrast(run, values, '{:.2f} %')} (too few trials to judge)"
     title = against_dense(run, shown[0], column)
     if column == "final_test_accuracy":
         title = f"after the last step, {title}"
@@ -1562,7 +1562,7 @@ def learning_curves(run: Run) -> Figure:
         panel.set(xscale="log", yscale="log", xlabel="training step", ylabel="test error (%)",
                   title=f"{run.percent[level]} of weights")
         ends = draw_arms(panel, records[records["level"].isin([0, level])], "step", "error", ("pi", 100), markers=False)
-        panel.axvline(step, color="0.8", zorder=0)          # the title speaks of this step
+        panel.axvline(step, color="0.8", zorder=0)          # the title mentions this step
         panel.set_xticks(steps, [f"{step:,}".replace(",000", "k") for step in steps])
         panel.set_yticks(errors, errors)
         panel.minorticks_off()
@@ -1582,7 +1582,7 @@ def leads_plot(run: Run) -> Figure | None:
         title += f", all but {listing([f'“{label(run, arm)}”' for arm in others], 'and')}"
     note = f"{run.intervals}; grey: tickets at most {MATCHING_MARGIN} points behind"
     if run.trials < 3:
-        title = "Leads of tickets: too few trials to decide"
+        title = "Leads of tickets: too few trials to judge"
         note = run.intervals
     figure, ((axes,),) = new_figure(run, title, note, left=0.27, right=0.93)
 
@@ -1610,7 +1610,7 @@ def leads_plot(run: Run) -> Figure | None:
     axes.set_yticks(range(len(arms)), [label(run, arm) for arm in arms])
     for text, arm in zip(axes.get_yticklabels(), arms, strict=True):
         text.set_color(text_colour(arm))
-    axes.set(xlabel="lead of the tickets over each of them in test accuracy (points)", ylabel="")
+    axes.set(xlabel="lead of the tickets in test accuracy (points)", ylabel="")
     axes.grid(axis="x")
     sns.move_legend(axes, "lower right", bbox_to_anchor=(1, 0.98), ncols=3, title=None, frameon=False)
     return figure
@@ -1697,7 +1697,7 @@ FIGURES = (learning_curves, comparison_plot, accuracy_plot_iterative, accuracy_p
 # ---- Summary ---------------------------------------------------------------------------------------------------------
 
 class Claim(NamedTuple):
-    """That arm x beats or matches arm y, or stops before it."""
+    """A claim that arm x beats or matches arm y, or stops before it."""
     text: str
     x: str
     relation: str                         # "beats", "matches" or "stops before"
@@ -1721,7 +1721,7 @@ PAPER_CLAIMS = (
 
 
 def verdict(run: Run) -> list[str]:
-    """Say in plain sentences what came out."""
+    """State the results in plain sentences."""
     dense = by_trial(run, "test_accuracy").loc[0, "dense"]
     sentences = [f"Dense networks reach {dense.mean().round(6):.2f} % test accuracy at early stop (mean of "
                  f"{count(run.trials, 'trial')}; range {dense.min():.2f} to {dense.max():.2f})."]
@@ -1769,7 +1769,7 @@ def why_untested(run: Run, claim: Claim) -> str:
         return f"no level is near {claim.percent} % of the weights"
     if claim.relation == "stops before":
         if run.trials < 6:
-            return "at least six trials are needed to decide about steps"
+            return "at least six trials are needed to compare steps"
         if by_trial(run, "stop_step").loc[level, [claim.x, claim.y]].isna().mean().min() > 0.5:
             return "most networks were still improving when training ended"
     return ""
@@ -1848,12 +1848,12 @@ HOW_TO_READ = f"""## How to read this page
 
 - *Rewind* is the ticket: the surviving connections with their original weights. *Reinit* has the same connections with
   fresh random weights. Reinit, like every arm but rewind, is a control.
-- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; steps of early
-  stop are medians. *Not reached*: it came in the last 5 % of the training or at one of the last two evaluations, so
-  that the network may still have been improving.
+- Accuracies are mean test accuracies at *early stop*, the evaluation with the lowest validation loss; early-stopping
+  steps are medians. *Not reached*: it came in the last 5 % of training or at one of the last two evaluations, so the
+  network may still have been improving.
 - x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the
   95 % confidence interval (Student's t). The whole interval decides, not the mean. It holds for one test set and one
-  validation split, and for each level by itself. Fewer than three trials, or equal differences, decide nothing.
+  validation split, and for each level by itself. At least three trials are needed, and differences that are not equal.
 
 | question | supported, yes | contradicted, no |
 | --- | --- | --- |
@@ -1900,7 +1900,7 @@ RESULT_FILES = ("metrics.csv", "networks.csv", "mask.csv", "tickets.pt", "run.js
 # be edited while it runs.
 CODE = Path(__file__).read_text(encoding="utf-8").split("\n# ---- Experiment")[1].split("\n# ====")[0]
 CODE = re.sub(r'"""[\s\S]*?"""', "", CODE)
-CODE = re.sub(r"(^|\s+)#( .*)?$", "", CODE, flags=re.MULTILINE)             # a colour, "#0173b2", is no comment
+CODE = re.sub(r"(^|\s+)#( .*)?$", "", CODE, flags=re.MULTILINE)             # a colour, "#0173b2", is not a comment
 CODE = "\n".join([line for line in CODE.splitlines() if line.strip()])
 VERSION = hashlib.sha256(CODE.encode()).hexdigest()
 
@@ -1911,7 +1911,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | pd.DataFrame | Figure | dict) -> None:
-    """Write text, a table as CSV, a figure as PNG or tensors to a temporary file, and rename it, in case of a kill."""
+    """Write text, a table as CSV, a figure as PNG or tensors to a temporary file, then rename it, in case of a kill."""
     buffer = io.BytesIO()                                   # if the disk is full, torch.save would hide the OSError
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -1953,7 +1953,7 @@ def require(holds: Any, sentence: str) -> None:
 
 @contextlib.contextmanager
 def explain_errors(sentence: str) -> Iterator[None]:
-    """Turn any error into a UserError: a sentence and, in parentheses, the reason. Lack of memory stays what it is."""
+    """Turn errors into a UserError: a sentence and, in parentheses, the reason. Out-of-memory errors pass through."""
     try:
         yield
     except Exception as error:
@@ -1965,14 +1965,14 @@ def explain_errors(sentence: str) -> Iterator[None]:
 
 def read_run(folder: Path) -> Run:
     """Read a results folder. Raises UserError if it holds no run that can be drawn."""
-    with explain_errors(f"{folder} holds no run that can be drawn, with run.json and metrics.csv"):
+    with explain_errors(f"{folder} holds no run to draw: run.json and metrics.csv are needed"):
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         records = pd.read_csv(folder / "metrics.csv")
         mask = None
         if (folder / "mask.csv").exists():
             mask = pd.read_csv(folder / "mask.csv")[["level", "pixel", "share_remaining", "mean_intensity"]]
             if not set(records["level"]) <= set(mask["level"]):
-                raise ValueError("mask.csv lacks some of its levels")
+                raise ValueError("mask.csv lacks some of the run's levels")
         unknown = set(records["arm"]) - {"dense", *ARM_TABLE}
         if unknown:
             raise ValueError(f"arms that ARM_TABLE does not know: {', '.join(sorted(map(str, unknown)))}")
@@ -2050,8 +2050,8 @@ def load_state(folder: Path, identity: dict) -> State:
             say(f"nothing is left to train: the results are redrawn from {path} (to train again, remove it)")
         return state
     if saved:
-        differ = ", another ".join(sorted(name for name in identity | saved if identity.get(name) != saved.get(name)))
-        say(f"{folder} holds another run (with another {differ}): its files will be moved to previous/ in it")
+        differ = ", ".join(sorted(name for name in identity | saved if identity.get(name) != saved.get(name)))
+        say(f"{folder} holds a different run (different {differ}): its files will be moved to its previous/")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
     return State()
@@ -2114,7 +2114,7 @@ def load_ticket(path: str | Path, trial: int, level: int) -> nn.Sequential:
     """Return one ticket as an ordinary network with `torch.nn.utils.prune` masks, ready to train.
 
     Its weights are the initial ones, or with REWIND_STEP those after so many steps. Raises UserError for a file that
-    is no tickets.pt, IndexError for a trial or a level that it does not hold.
+    is not a tickets.pt, IndexError for a trial or a level that it does not hold.
     """
     tickets = load_tickets(path)
     saved = tickets["constants"]
@@ -2137,14 +2137,14 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
         return {}, None
     path = resolve_path(TICKETS_FROM)
     require(path.resolve().parent != resolve_path(RESULTS_DIR).resolve(),
-            "TICKETS_FROM lies in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR")
+            "TICKETS_FROM is in RESULTS_DIR, which this run writes to: choose another RESULTS_DIR")
     tickets = load_tickets(path)
     saved = tickets["constants"]
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
         require(saved[name] == constants()[name], f"the tickets in {path} were found with {name}={saved[name]}: set "
-                "the same here, so that tickets with equally many weights are compared")
+                "the same here, so that tickets with as many weights are compared")
     require(saved["TRIALS"] >= TRIALS and saved["LEVELS"] >= LEVELS, f"{path} holds {count(saved['TRIALS'], 'trial')} "
-            f"and {count(saved['LEVELS'], 'level')}: set TRIALS and LEVELS to no more")
+            f"and {count(saved['LEVELS'], 'level')}: set TRIALS and LEVELS no higher")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
     return by_trial, {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "constants": saved}
 
@@ -2167,8 +2167,8 @@ def init_distributed() -> None:
     store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     forever = datetime.timedelta(days=30)                   # the slowest process is waited for
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=forever)
-    say(f"{processes} processes share {count(TRIALS, 'trial')}; the progress shown is that of the first one, with "
-        f"{len(trials_of_rank())}")
+    say(f"{processes} processes share {count(TRIALS, 'trial')}; the progress shown is that of the first, "
+        f"which has {len(trials_of_rank())}")
 
 
 def trials_of_rank() -> list[int]:
@@ -2285,21 +2285,21 @@ def check_constants() -> None:
     require(known, f"ARMS may contain only {', '.join(ARM_TABLE)}, not {', '.join(map(str, ARMS))}")
     require(len(set(ARMS)) == len(ARMS), "ARMS must name each arm once")
     require("rewind" in ARMS, "ARMS must contain rewind: its networks are the ones that are pruned")
-    require(("transfer" in ARMS) == (TICKETS_FROM is not None), "the arm transfer needs TICKETS_FROM, and TICKETS_FROM "
-            "the arm: set both or neither")
+    require(("transfer" in ARMS) == (TICKETS_FROM is not None), "the arm transfer and TICKETS_FROM need each other: "
+            "set both or neither")
     require(0 < PRUNE_RATE < 1, f"PRUNE_RATE must be between 0 and 1, not {PRUNE_RATE}")
     require(0 < LEARNING_RATE < math.inf, f"LEARNING_RATE must be above 0, not {LEARNING_RATE}")
     require(0 <= WEIGHT_DECAY < math.inf, f"WEIGHT_DECAY must be at least 0, not {WEIGHT_DECAY}")
     require(CLIP_NORM is None or 0 < CLIP_NORM < math.inf, f"CLIP_NORM must be above 0, or None, not {CLIP_NORM}")
     steps = EPOCHS * steps_per_epoch()
-    require(0 <= REWIND_STEP < steps, f"REWIND_STEP must be below the {steps} steps of a training, not {REWIND_STEP}")
+    require(0 <= REWIND_STEP < steps, f"REWIND_STEP must be below the {steps} steps of training, not {REWIND_STEP}")
 
 
 def check_network(device: torch.device) -> None:
     """Raise UserError unless `forward` computes what the plain network does, and each level prunes some weights."""
     network = build_network(MODEL, DROPOUT)                 # raises UserError for an unknown MODEL
     with explain_errors("the network in build_network cannot be trained in a stack: use nn.Conv2d, pooling and "
-                        "activations before one nn.Flatten, and after it nn.Linear, activations and, behind a linear "
+                        "activations before one nn.Flatten, and after it nn.Linear, activations and, after a linear "
                         "layer, nn.Dropout(dropout); with biases, no groups, nothing in place, ten classes, the last "
                         "layer called output, and a name"):
         weights = stack([initial_weights(generator("init", trial)) for trial in (0, 1)])
@@ -2327,7 +2327,7 @@ def check_network(device: torch.device) -> None:
 
 
 def check_arms() -> None:
-    """Raise UserError unless each arm returns what can be trained, and leaves alone what it is given."""
+    """Raise UserError unless each arm returns what can be trained, and does not modify its input."""
     theta0 = initial_weights(generator("init"))
     masks = full_masks(theta0)
     masks = prune(theta0, masks, dict.fromkeys(masks, 0.5), "layer")
@@ -2378,15 +2378,15 @@ def run_or_resume(device: torch.device) -> None:
     try:
         if state.level < LEVELS:
             columns = "".join([f"{arm:>{max(11, len(arm) + 2)}}" for arm in ARMS])
-            say(f"Test accuracy at early stop, means:\nlevel   weights remaining{columns}   time left, at most")
+            say(f"Mean test accuracy at early stop:\nlevel   weights remaining{columns}   time left, at most")
             run_experiment(state, data, source_tickets, lambda new: save_state(new, folder, identity))
-    finally:                                                # whatever ends it, what the checkpoint has gets results
+    finally:                                                # whatever ends it, report the checkpoint's levels
         saved, state = read_checkpoint(folder)
         if rank == 0 and saved == identity:
             run = write_results(state, data, info, folder)
     if rank == 0 and saved != identity:
-        raise UserError(f"another run has begun in {folder}: choose another RESULTS_DIR. This one's levels are in "
-                        "previous/ there.")
+        raise UserError(f"another run has begun in {folder}: choose another RESULTS_DIR. The levels of this run "
+                        "are in its previous/.")
     if rank == 0:
         say("\n" + "\n".join(verdict(run)) + f"\n\nresults: {folder}")
 

@@ -117,8 +117,8 @@ def test_tickets_that_are_damaged_or_foreign_or_do_not_fit_are_refused(lth, undr
     run_here(lth, path.parent, *QUICK, "LEVELS=1")
     for argument, sentence in (
             ("MODEL=lenet", "were found with MODEL=mlp: set the same here"), ("PRUNE_RATE=0.61", "with PRUNE_RATE=0.6"),
-            ("TRIALS=2", "holds 1 trial and 1 level"), ("LEVELS=2", "set TRIALS and LEVELS to no more"),
-            (f"RESULTS_DIR={path.parent}", "lies in RESULTS_DIR"), (f"TICKETS_FROM={tmp_path}", "cannot be read as")):
+            ("TRIALS=2", "holds 1 trial and 1 level"), ("LEVELS=2", "set TRIALS and LEVELS no higher"),
+            (f"RESULTS_DIR={path.parent}", "is in RESULTS_DIR"), (f"TICKETS_FROM={tmp_path}", "cannot be read as")):
         with pytest.raises(lth.UserError, match=sentence):
             run_here(lth, tmp_path / "results", *QUICK, "LEVELS=1", "ARMS=rewind,transfer", f"TICKETS_FROM={path}",
                      argument)
