@@ -1679,7 +1679,7 @@ def mask_plot(run: Run) -> Figure | None:
     picture.set_title("mean training image")
     for panel, level in zip(panels, levels, strict=False):
         relative = shares[level].to_numpy().reshape(28, 28) / shares[level].mean()
-        drawn = panel.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2))
+        drawn = panel.imshow(relative.clip(0.5, 2), cmap="PuOr_r", norm=LogNorm(0.5, 2))    # 0 has no logarithm
         panel.set_title(f"{run.percent[level]} of the weights")
     for panel in axes.flat:
         panel.set_axis_off()

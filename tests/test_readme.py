@@ -30,7 +30,10 @@ RECIPES = re.findall(r"^# .*?: (.*)\npython lth_pruning.py (.*) RESULTS_DIR=resu
 
 
 def read_networks(folders: str) -> pd.DataFrame:
-    """Read networks.csv of one folder, or of several ones with the trials that all have."""
+    """Read networks.csv of one folder, or of several with the trials that all have; for "a - b" their differences."""
+    if " - " in folders:
+        first, second = [read_networks(folder)[[*COLUMNS.values()]] for folder in folders.split(" - ")]
+        return (first - second).dropna(how="all")
     tables = [pd.read_csv(ROOT / folder / "networks.csv") for folder in folders.split()]
     trials = set.intersection(*(set(table["trial"]) for table in tables))
     networks = pd.concat(tables).drop_duplicates(KEYS)
@@ -110,6 +113,8 @@ def test_the_numbers_of_sentences_are_the_records(text):
         networks = read_networks(folder)
         means = networks.groupby(["arm", "level"])[[*COLUMNS.values()]].mean()
         accuracies |= {f"{mean:.2f}" for mean in means.round(6).to_numpy().flatten()}
+        for _, values in networks.groupby(["arm", "level"])["test_accuracy"]:
+            found.add(in_words(values.round(4))[1:])
         for level, column in product(range(1, networks.index.get_level_values("level").max() + 1), COLUMNS.values()):
             for x, y in combinations(["dense", *means.xs(level, level="level").index], 2):
                 values = differences(networks, x, y, level, column)

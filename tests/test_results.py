@@ -302,6 +302,17 @@ def test_late_and_unfinished_runs_say_so_everywhere():
     assert "values of step 50, permuted" in words and "ticket from KMNIST" in words
 
 
+def test_masks_are_drawn_relative_to_the_average_pixel_even_where_no_connection_is_left():
+    run = make(percent=PERCENT[:3])
+    run.mask["share_remaining"] *= run.mask["pixel"] % 7 > 0
+    shares = run.mask.query("level == 1")["share_remaining"].to_numpy()
+    assert shares.min() == 0
+    picture = lth.mask_plot(run).axes[1].images[0]
+    drawn = picture.norm(picture.get_array()).flatten()
+    assert not np.ma.is_masked(drawn)
+    assert np.allclose(drawn, (np.log2(np.maximum(shares / shares.mean(), 0.5)) + 1).clip(0, 2) / 2)
+
+
 def test_a_folder_is_redrawn_to_the_byte_and_a_stale_figure_goes_unless_it_cannot_be_drawn(tmp_path):
     """From run.json, metrics.csv and mask.csv alone, whatever style and figures the user has."""
     run = make(percent=PERCENT[:3])
