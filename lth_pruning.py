@@ -87,20 +87,20 @@ INIT: str = "kaiming_normal"          # or "xavier_normal", Glorot's, as in the 
 DROPOUT: float = 0.2                  # after each hidden fully connected layer; 0 switches it off
 
 # The experiment
-ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts; see ARM_TABLE
+ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts: names in ARM_TABLE; as an argument, ARMS=rewind,reinit
 TRIALS: int = 5                       # initialisations, each with its own data order and dropout
 LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
 PRUNE_RATE: float = 0.2               # share of a layer's surviving weights pruned per level; half of it in
                                       # convolutions and the output layer
 PRUNE_SCOPE: str = "layer"            # compare magnitudes within each layer; or "global", over all layers at one rate
-REWIND_STEP: int = 0                  # rewind to the weights after this many steps, then take the steps that are left
+REWIND_STEP: int = 0                  # rewind to the weights after this many steps, then train for the remaining steps
 TICKETS_FROM: str | None = None       # the tickets.pt of another run, for the arm "transfer"
 SEED: int = 42                        # the same seed gives the same numbers
 
 # Training: the same for every network, dense or pruned. (The paper: Adam, Glorot initialisation, batches of 60 for
 # 50,000 steps, neither dropout nor gradient clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
-EPOCHS: int = 3                       # short: most networks would still improve, so part of any lead is learning speed
+EPOCHS: int = 3                       # short: most networks may still be improving; part of a lead may be learning speed
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 SCHEDULE: str = "constant"            # or "linear": the learning rate falls to zero by the last step
@@ -121,7 +121,7 @@ MATCHING_MARGIN = 0.2
 
 Weights = dict[str, Tensor]           # one network's weights and biases: "fc1.weight" -> (out, in), as in PyTorch
 Masks = dict[str, Tensor]             # one network's prunable weights: 1 where a weight remains, 0 where it was pruned
-Levels = dict[str, Tensor]            # the level at which each of them was pruned; 0: never pruned
+Levels = dict[str, Tensor]            # the level at which each weight was pruned; 0: never pruned
 Stack = dict[str, Tensor]             # weights or masks of many networks, with a leading nets dimension: for two arms
                                       # of five trials, "fc1.weight" is (10, 300, 784)
 Network = tuple[str, int]             # names a network of a level: arm and trial

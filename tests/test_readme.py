@@ -76,7 +76,7 @@ def expected_row(folder: str, head: list[str], row: list[str]) -> list[str]:
     if head[0] == "question":                               # a row of the summary, see test_results.py
         return row if f"| {' | '.join(row)} |" in (ROOT / folder / "summary.md").read_text() else []
     if head[0] == "claim":
-        return [*row[:3], *[claim_cell(run, name) for run in head[3:-1]], row[-1]]
+        return [*row[:3], *[claim_cell(run.strip("`"), name) for run in head[3:-1]], row[-1]]
     if "arguments" in head:
         constants = constants_of(name)
         steps = constants["EPOCHS"] * (55_000 // constants["BATCH_SIZE"])
