@@ -87,7 +87,7 @@ INIT: str = "kaiming_normal"          # or "xavier_normal", Glorot's, as in the 
 DROPOUT: float = 0.2                  # after each hidden fully connected layer; 0 switches it off
 
 # The experiment
-ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts: names in ARM_TABLE; as an argument, ARMS=rewind,reinit
+ARMS: tuple = ("rewind", "reinit")    # how a pruned network starts: see ARM_TABLE; as an argument, ARMS=rewind,reinit
 TRIALS: int = 5                       # initialisations, each with its own data order and dropout
 LEVELS: int = 16                      # pruning rounds; 0 trains the dense networks alone
 PRUNE_RATE: float = 0.2               # share of a layer's surviving weights pruned per level; half of it in
@@ -100,7 +100,7 @@ SEED: int = 42                        # the same seed gives the same numbers
 # Training: the same for every network, dense or pruned. (The paper: Adam, Glorot initialisation, batches of 60 for
 # 50,000 steps, neither dropout nor gradient clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
-EPOCHS: int = 3                       # short: most networks may still be improving; part of a lead may be learning speed
+EPOCHS: int = 3                       # few: most networks may still be improving, and part of a lead be learning speed
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 SCHEDULE: str = "constant"            # or "linear": the learning rate falls to zero by the last step
