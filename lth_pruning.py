@@ -100,7 +100,7 @@ SEED: int = 42                        # the same seed gives the same numbers
 # Training: the same for every network, dense or pruned. (The paper: Adam, Glorot initialisation, batches of 60 for
 # 50,000 steps, neither dropout nor gradient clipping.)
 VALIDATION_SIZE: int = 5_000          # held out of the 60,000 training images, as in the paper
-EPOCHS: int = 3                       # few: most networks may still be improving, and part of a lead be learning speed
+EPOCHS: int = 3                       # few: networks may still be improving, so part of a lead may be learning speed
 BATCH_SIZE: int = 128                 # the paper's 60 takes twice as many steps
 LEARNING_RATE: float = 1.2e-3         # the paper's, for Adam
 SCHEDULE: str = "constant"            # or "linear": the learning rate falls to zero by the last step
@@ -1370,6 +1370,8 @@ def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1
     broken = [textwrap.fill(title, width, break_on_hyphens=False) for width in range(40, 89)]
     title = min(broken, key=lambda text: text.count("\n"))                  # in few lines, none of which is short
     grey = f"{describe_run(run)}\n{shown[0].upper()}{shown[1:]}"
+    if "ickets" in title:
+        grey += "; tickets: rewound networks"
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
     figure.text(0.012, 0.962 - 0.042 * (1 + title.count("\n")), grey, size=11, color="0.4", va="top", linespacing=1.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", gridspec_kw=BOX | grid)
@@ -1853,7 +1855,8 @@ HOW_TO_READ = f"""## How to read this page
   network may still have been improving.
 - x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the
   95 % confidence interval (Student's t). The whole interval decides, not the mean. It holds for one test set and one
-  validation split, and for each level by itself. At least three trials are needed, and differences that are not equal.
+  validation split, and for each level by itself. Without an interval, as for two trials, nothing is decided. Verdicts
+  use unrounded numbers; those on the paper's claims are about direction, not effect size.
 
 | question | supported, yes | contradicted, no |
 | --- | --- | --- |
@@ -1865,7 +1868,7 @@ HOW_TO_READ = f"""## How to read this page
   open* if the interval is below 0 and contains -{MATCHING_MARGIN}. Anything else is *inconclusive*.
 - In tables by level, x is *ahead* (interval above 0), *as good* (above -{MATCHING_MARGIN}), *behind* (below 0 and not
   as good) or *inconclusive*.
-- The sign test counts ties, and pairs in which neither network stopped early, as failures of both.
+- The sign test counts ties, and pairs in which neither network stopped early, against both.
 
 """
 
