@@ -11,8 +11,8 @@ DATASET=mnist  DATASET must be one of MNIST, FashionMNIST, not mnist.
 MODEL=LeNet  MODEL must be mlp or lenet, not 'LeNet'.
 ARMS=rewind,rewnd  ARMS may contain only rewind, reinit
 ARMS=reinit  ARMS must contain rewind
-ARMS=rewind,transfer  the arm transfer needs TICKETS_FROM
-REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of a training, not 1287.
+ARMS=rewind,transfer  the arm transfer and TICKETS_FROM need each other
+REWIND_STEP=1287  REWIND_STEP must be below the 1287 steps of training, not 1287.
 LEVELS=60  LEVELS=60 and PRUNE_RATE=0.2 are incompatible: level 43 would prune 0 of the 2 weights left in fc2.weight.
 DEVICE=mps  DEVICE must be auto, cpu, cuda, or cuda:1, not mps.
 DEVICE=cuda:99  DEVICE=cuda:99 cannot be used here; DEVICE=auto takes a GPU if there is one.
