@@ -581,7 +581,7 @@ def sparse_counts(masks: Stack, device: torch.device) -> dict[str, Tensor]:
 
 
 def equally_sparse(networks: list[Network], masks: Stack, device: torch.device) -> list[list[int]]:
-    """Group the networks of a stack, by index, into those that store as many survivors as each other in every layer.
+    """Group the networks of a stack, by index, into those that store the same number of survivors per layer.
 
     In each group all trials have the same number of networks, as `train` requires.
     """
@@ -719,7 +719,7 @@ def keep_signs(given: Given) -> tuple[Weights, Masks]:
 
 
 def finetune(given: Given) -> tuple[Weights, Masks]:
-    """Keep the weights that the previous level trained: these networks have trained longer."""
+    """Fine-tune: keep the weights that the previous level trained, so that training adds up over the levels."""
     return masked(given.trained, given.masks), given.masks
 
 
@@ -1370,7 +1370,7 @@ def new_figure(run: Run, title: str, shown: str, rows: int = 1, columns: int = 1
     broken = [textwrap.fill(title, width, break_on_hyphens=False) for width in range(40, 89)]
     title = min(broken, key=lambda text: text.count("\n"))                  # in few lines, none of which is short
     grey = f"{describe_run(run)}\n{shown[0].upper()}{shown[1:]}"
-    if "ickets" in title:
+    if "tickets" in title.lower():
         grey += "; tickets: rewound networks"
     figure.text(0.012, 0.975, title, size=16, weight="bold", va="top", linespacing=1.2)
     figure.text(0.012, 0.962 - 0.042 * (1 + title.count("\n")), grey, size=11, color="0.4", va="top", linespacing=1.3)
@@ -1681,7 +1681,7 @@ def mask_plot(run: Run) -> Figure | None:
     picture.set_title("mean training image")
     for panel, level in zip(panels, levels, strict=False):
         relative = shares[level].to_numpy().reshape(28, 28) / shares[level].mean()
-        drawn = panel.imshow(relative.clip(0.5, 2), cmap="PuOr_r", norm=LogNorm(0.5, 2))    # 0 has no logarithm
+        drawn = panel.imshow(relative, cmap="PuOr_r", norm=LogNorm(0.5, 2, clip=True))      # 0 has no logarithm
         panel.set_title(f"{run.percent[level]} of the weights")
     for panel in axes.flat:
         panel.set_axis_off()
@@ -1855,7 +1855,7 @@ HOW_TO_READ = f"""## How to read this page
   network may still have been improving.
 - x - y is a difference in test accuracy in percentage points (*points*), paired by trial: mean ± half-width of the
   95 % confidence interval (Student's t). The whole interval decides, not the mean. It holds for one test set and one
-  validation split, and for each level by itself. Without an interval, as for two trials, nothing is decided. Verdicts
+  validation split, and for each level by itself. At least three trials are needed for any conclusion. Verdicts
   use unrounded numbers; those on the paper's claims are about direction, not effect size.
 
 | question | supported, yes | contradicted, no |
@@ -2054,7 +2054,7 @@ def load_state(folder: Path, identity: dict) -> State:
         return state
     if saved:
         differ = ", ".join(sorted(name for name in identity | saved if identity.get(name) != saved.get(name)))
-        say(f"{folder} holds a different run (different {differ}): its files will be moved to its previous/")
+        say(f"{folder} holds a different run (different {differ}): its files will be moved to previous/ in it")
     elif path.exists():
         say(f"{path} is damaged: it will be moved to previous/, and this run starts afresh")
     return State()
@@ -2145,7 +2145,7 @@ def load_source_tickets() -> tuple[dict[int, tuple[Weights, Levels]], dict | Non
     saved = tickets["constants"]
     for name in ("MODEL", "PRUNE_RATE", "PRUNE_SCOPE", "REWIND_STEP"):
         require(saved[name] == constants()[name], f"the tickets in {path} were found with {name}={saved[name]}: set "
-                "the same here, so that tickets with as many weights are compared")
+                "the same here, so that tickets with equal numbers of weights are compared")
     require(saved["TRIALS"] >= TRIALS and saved["LEVELS"] >= LEVELS, f"{path} holds {count(saved['TRIALS'], 'trial')} "
             f"and {count(saved['LEVELS'], 'level')}: set TRIALS and LEVELS no higher")
     by_trial = {trial: (pick(tickets["theta0"], trial), pick(tickets["pruned_at"], trial)) for trial in range(TRIALS)}
@@ -2389,7 +2389,7 @@ def run_or_resume(device: torch.device) -> None:
             run = write_results(state, data, info, folder)
     if rank == 0 and saved != identity:
         raise UserError(f"another run has begun in {folder}: choose another RESULTS_DIR. The levels of this run "
-                        "are in its previous/.")
+                        "are in previous/ in that folder.")
     if rank == 0:
         say("\n" + "\n".join(verdict(run)) + f"\n\nresults: {folder}")
 

@@ -89,7 +89,8 @@ def test_another_run_moves_the_earlier_one_whole(lth, undrawn, tmp_path, capsys,
     if other != "SEED":
         module, seed = conftest.load_copy(tmp_path, undrawn, COMPUTES), "SEED=42"
     run_until(module, 0, folder, *QUICK, seed)
-    assert f"holds a different run (different {other}): its files will be moved" in capsys.readouterr().out
+    sentence = f"holds a different run (different {other}): its files will be moved to previous/ in it"
+    assert sentence in capsys.readouterr().out
     assert contents(folder) == earlier | {"README.md": b"the user's own"}
     run_until(module, 1, folder, *QUICK, seed)
     said = capsys.readouterr().out
