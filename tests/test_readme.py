@@ -89,9 +89,11 @@ def expected_row(folder: str, head: list[str], row: list[str]) -> list[str]:
     return [*row[:first + 1], *[there and cell(networks, what, level) for what, there in cells]]
 
 
-def test_every_committed_run_is_in_the_table_of_runs():
+def test_every_committed_run_is_in_the_table_of_runs_and_by_one_version_of_the_code():
     (rows,) = [table_rows(text)[1:] for _, text in TABLES if text.startswith("| run | arguments")]
-    assert {row[0].strip("`") for row in rows} == {path.parent.name for path in ROOT.glob("results/*/run.json")}
+    runs = {path.parent.name: json.loads(path.read_text()) for path in ROOT.glob("results/*/run.json")}
+    assert {row[0].strip("`") for row in rows} == set(runs)
+    assert len({run["code_version"] for run in runs.values()}) == 1
 
 
 @pytest.mark.parametrize(("folder", "text"), TABLES)
